@@ -1,0 +1,287 @@
+// Vectors of the native width, conversion between storage and accumulation dtypes, and the one place for the tail.
+// May include: C headers and, for float16, the compiler's intrinsics. Compiled once per instruction set: everything
+// lives in a namespace of that name, and no std template is used, so that AVX-512 code can never be linked into the
+// baseline path under a shared symbol.
+// Read next: rows.h.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef NORMKIT_ISA
+#error "vec.h: compile with -DNORMKIT_ISA=<name>; see CMakeLists.txt"
+#endif
+
+#define NORMKIT_INLINE inline __attribute__((always_inline))
+#define NORMKIT_STEP __attribute__((always_inline))  // on lambdas: a loop body must not become a call
+// One copy of a block's machine code, whoever calls it: the same bits whether threads share a row or not.
+#define NORMKIT_BLOCK __attribute__((noinline))
+
+namespace normkit::NORMKIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+template <class A>
+struct Types;  // of an accumulation dtype: the vector, integers of the same lanes
+template <>
+struct Types<float> {
+    typedef float Vector __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Signed __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    using Lane = int32_t;
+    static constexpr float kMax = __FLT_MAX__;
+};
+template <>
+struct Types<double> {
+    typedef double Vector __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t Signed __attribute__((vector_size(kVectorBytes)));
+    using Lane = int64_t;
+    static constexpr double kMax = __DBL_MAX__;
+};
+
+template <class A>
+using Vec = typename Types<A>::Vector;
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class T>
+struct AccumulationOf {
+    using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+    using type = double;
+};
+template <class T>
+using Acc = typename AccumulationOf<T>::type;
+
+// ------------------------------------------------------------------------------- storage dtype <-> vector
+// `Packed<T>` is what lies in memory for one vector of T.
+
+template <class T>
+struct PackedOf {
+    using type = Types<float>::Half;
+};
+template <>
+struct PackedOf<float> {
+    using type = Vec<float>;
+};
+template <>
+struct PackedOf<double> {
+    using type = Vec<double>;
+};
+template <class T>
+using Packed = typename PackedOf<T>::type;
+
+using Bits = Types<float>::Unsigned;
+using Half = Types<float>::Half;
+
+NORMKIT_INLINE Vec<float> unpack(Vec<float> v, float) { return v; }
+NORMKIT_INLINE Vec<double> unpack(Vec<double> v, double) { return v; }
+NORMKIT_INLINE Vec<float> pack(Vec<float> v, float) { return v; }
+NORMKIT_INLINE Vec<double> pack(Vec<double> v, double) { return v; }
+
+NORMKIT_INLINE Vec<float> unpack(Half raw, bfloat16) { return (Vec<float>)(__builtin_convertvector(raw, Bits) << 16); }
+
+// Round to nearest even by integer arithmetic. avx512_bf16's own conversion takes denormals for zero.
+NORMKIT_INLINE Half pack(Vec<float> v, bfloat16) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Half);
+}
+
+#if defined(__AVX512F__)
+// The forms with a full mask: GCC 12's headers give false warnings about the plain ones. The instruction is the same.
+NORMKIT_INLINE Vec<float> unpack(Half raw, float16) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)raw); }
+NORMKIT_INLINE Half pack(Vec<float> v, float16) {
+    return (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+NORMKIT_INLINE Vec<float> unpack(Half raw, float16) { return (Vec<float>)_mm256_cvtph_ps((__m128i)raw); }
+NORMKIT_INLINE Half pack(Vec<float> v, float16) {
+    return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// A float16's exponent and mantissa, moved into a float's places, read 2^112 too small, denormals included.
+NORMKIT_INLINE Vec<float> unpack(Half raw, float16) {
+    const Bits half = __builtin_convertvector(raw, Bits);
+    const Bits magnitude = half & 0x7fff;
+    const Bits finite = (Bits)((Vec<float>)(magnitude << 13) * 0x1p112f);
+    const Bits special = (magnitude << 13) | 0x7f800000;  // inf and NaN
+    return (Vec<float>)((magnitude >= 0x7c00 ? special : finite) | ((half & 0x8000) << 16));
+}
+NORMKIT_INLINE Half pack(Vec<float> v, float16) {
+    const Bits bits = (Bits)v, magnitude = bits & 0x7fffffff;
+    // Normal numbers: subtract 112 from the exponent and round to nearest even; 65520 and up carry into infinity.
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Below 2^-14: adding 0.5 lets the float unit round at 2^-24, a float16's last denormal bit.
+    const Bits denormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+    const Bits nan = ((magnitude >> 13) & 0x3ff) | 0x7e00;
+    Bits out = magnitude < 0x38800000u ? denormal : normal;
+    out = magnitude >= 0x47800000u ? out * 0 + 0x7c00 : out;
+    out = v == v ? out : nan;
+    return __builtin_convertvector(out | ((bits >> 16) & 0x8000), Half);
+}
+#endif
+
+// --------------------------------------------------------------------------------------------- the tail
+// A step of a sweep gets `Full`, or at the end of the line `Partial` with fewer lanes than a vector has. Absent lanes
+// read 0 and are not written. AVX-512 has masks for that, which took a row of 17 floats from 150 to 60 ns.
+
+struct Full {};
+struct Partial {
+    int n;
+};
+
+template <class T>
+NORMKIT_INLINE Packed<T> read(const T* p, Full) {
+    Packed<T> raw;
+    memcpy(&raw, p, sizeof raw);
+    return raw;
+}
+template <class T>
+NORMKIT_INLINE void write(T* p, Packed<T> raw, Full) {
+    memcpy(p, &raw, sizeof raw);
+}
+
+#if defined(__AVX512F__)
+NORMKIT_INLINE unsigned bits_of(Partial lanes) { return (1u << lanes.n) - 1; }
+
+template <class T>
+NORMKIT_INLINE Packed<T> read(const T* p, Partial lanes) {
+    if constexpr (sizeof(T) == 2) return (Packed<T>)_mm256_maskz_loadu_epi16(__mmask16(bits_of(lanes)), p);
+    if constexpr (sizeof(T) == 4) return (Packed<T>)_mm512_maskz_loadu_ps(__mmask16(bits_of(lanes)), p);
+    if constexpr (sizeof(T) == 8) return (Packed<T>)_mm512_maskz_loadu_pd(__mmask8(bits_of(lanes)), p);
+}
+template <class T>
+NORMKIT_INLINE void write(T* p, Packed<T> raw, Partial lanes) {
+    if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(bits_of(lanes)), (__m256i)raw);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(bits_of(lanes)), (__m512)raw);
+    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(bits_of(lanes)), (__m512d)raw);
+}
+template <class A>
+NORMKIT_INLINE Vec<A> keep(Vec<A> v, Partial lanes) {
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_maskz_mov_ps(__mmask16(bits_of(lanes)), (__m512)v);
+    if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_maskz_mov_pd(__mmask8(bits_of(lanes)), (__m512d)v);
+}
+#else
+template <class T>
+NORMKIT_INLINE Packed<T> read(const T* p, Partial lanes) {
+    T padded[kLanes<Acc<T>>] = {};
+    for (int i = 0; i < lanes.n; ++i) padded[i] = p[i];
+    return read<T>(padded, Full{});
+}
+template <class T>
+NORMKIT_INLINE void write(T* p, Packed<T> raw, Partial lanes) {
+    T padded[kLanes<Acc<T>>];
+    write<T>(padded, raw, Full{});
+    for (int i = 0; i < lanes.n; ++i) p[i] = padded[i];
+}
+template <class A>
+NORMKIT_INLINE Vec<A> keep(Vec<A> v, Partial lanes) {
+    typename Types<A>::Signed present;
+    for (int i = 0; i < kLanes<A>; ++i) present[i] = i < lanes.n ? -1 : 0;
+    return present ? v : Vec<A>{};
+}
+#endif
+template <class A>
+NORMKIT_INLINE Vec<A> keep(Vec<A> v, Full) {
+    return v;
+}
+
+template <class T, class Lanes>
+NORMKIT_INLINE Vec<Acc<T>> load(const T* p, Lanes lanes) {
+    return unpack(read<T>(p, lanes), T{});
+}
+template <class T, class Lanes>
+NORMKIT_INLINE void store(T* p, Vec<Acc<T>> v, Lanes lanes) {
+    write<T>(p, pack(v, T{}), lanes);
+}
+
+NORMKIT_INLINE int lane_count(Partial lanes, int) { return lanes.n; }
+NORMKIT_INLINE int lane_count(Full, int all) { return all; }
+
+template <class A, class Lanes>
+NORMKIT_INLINE Vec<A> where_valid(const uint8_t* mask, Vec<A> v, Lanes lanes) {  // 0 elsewhere, whatever stood there
+    typename Types<A>::Lane valid[kLanes<A>] = {};
+    for (int i = 0, n = lane_count(lanes, kLanes<A>); i < n; ++i) valid[i] = mask[i] ? -1 : 0;
+    typename Types<A>::Signed chosen;
+    memcpy(&chosen, valid, sizeof chosen);
+    return chosen ? v : Vec<A>{};
+}
+
+// step(index, accumulator 0..3, lanes) over n elements; four accumulators hide the latency of an addition.
+template <class A, class Step>
+NORMKIT_INLINE void sweep(int64_t n, const Step& step) {
+    constexpr int kWidth = kLanes<A>;
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+        step(i, 0, Full{});
+        step(i + kWidth, 1, Full{});
+        step(i + 2 * kWidth, 2, Full{});
+        step(i + 3 * kWidth, 3, Full{});
+    }
+    for (; i + kWidth <= n; i += kWidth) step(i, 0, Full{});
+    if (i < n) step(i, 0, Partial{int(n - i)});
+}
+
+// ---------------------------------------------------------------------------------------------- helpers
+
+template <class A>
+NORMKIT_INLINE Vec<A> splat(A value) {
+    return value - Vec<A>{};
+}
+
+template <class T>
+NORMKIT_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {  // as it will be read back from storage
+    return unpack(pack(v, T{}), T{});
+}
+
+template <class A, int kBytes>
+struct VectorOf {
+    typedef A type __attribute__((vector_size(kBytes)));
+};
+template <class A, int kBytes>
+NORMKIT_INLINE A add_halves(typename VectorOf<A, kBytes>::type v) {
+    if constexpr (kBytes == 2 * sizeof(A)) {
+        return v[0] + v[1];
+    } else {
+        typename VectorOf<A, kBytes / 2>::type low, high;
+        memcpy(&low, &v, sizeof low);
+        memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return add_halves<A, kBytes / 2>(low + high);
+    }
+}
+template <class A>
+NORMKIT_INLINE double add_lanes(const Vec<A> (&v)[4]) {
+    return double(add_halves<A, kVectorBytes>((v[0] + v[1]) + (v[2] + v[3])));
+}
+
+template <class T>
+NORMKIT_INLINE Acc<T> scalar(const T* p) {
+    return load<T>(p, Partial{1})[0];
+}
+
+template <class A>
+NORMKIT_INLINE bool finite(A value) {
+    return value - value == 0;
+}
+
+}  // namespace normkit::NORMKIT_ISA

@@ -1,0 +1,165 @@
+"""Differentiation: what each family saves in forward and what its backward does.
+
+Here: RowNorm and ChannelNorm, the two autograd functions of the library.
+May import: torch, statistics, backends, reference.
+Read next: backends.py, which says who computes; kernels/cpu.py, which computes.
+
+Backward runs on the backend that forward ran on, unless it must itself be differentiated (`create_graph=True`) or
+transformed (a batched gradient): then it takes the reference formulas as differentiable operations, with the
+statistics computed again from the input, so that higher derivatives are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit import backends, reference, statistics
+from normkit.backends import Backend
+from normkit.reference import accumulation_dtype
+
+
+def _differentiated(*gradients: Tensor | None) -> bool:
+    """Whether this backward must be a composite: it is recorded, transformed, or fed with something not plain."""
+    if torch.is_grad_enabled() or backends.transformed() is not None:
+        return True
+    return any(gradient is not None and (_batched(gradient) or not backends.exact(gradient)) for gradient in gradients)
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) made it: its old vmap leaves no level to ask for."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+class RowNorm(torch.autograd.Function):
+    """(out, total) of a row norm; total is None without a residual. Saves total, mean, rstd and weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Backend,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centered: bool,
+        weight_offset: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, total, mean, rstd = backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)
+        ctx.save_for_backward(total, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        if residual is not None and not any(ctx.needs_input_grad[1:3]):
+            ctx.mark_non_differentiable(total)  # x + residual does not depend on weight and bias
+        ctx.backend, ctx.eps, ctx.centered, ctx.weight_offset = backend, eps, centered, weight_offset
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out, None if residual is None else total
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, x_needs, residual_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        total, mean, rstd, weight = ctx.saved_tensors
+        dx = dtotal
+        dweight = dbias = None
+        if dout is not None:
+            needs = (x_needs or residual_needs, weight_needs, bias_needs)
+            if _differentiated(dout, dtotal):
+                mean, var = reference.rows_moments(total, ctx.centered)
+                mean = None if mean is None else mean.squeeze(-1)
+                rstd = torch.rsqrt(var + ctx.eps).squeeze(-1)
+                rows_backward = reference.rows_backward
+            else:
+                rows_backward = ctx.backend.rows_backward
+            dx, dweight, dbias = rows_backward(dout, dtotal, total, mean, rstd, weight, ctx.weight_offset, needs)
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias_dtype)
+        return (
+            None,
+            dx if x_needs else None,
+            dx if residual_needs else None,
+            dweight,
+            dbias,
+            None,
+            None,
+            None,
+        )
+
+
+def channel_vectors(
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """center, scale and shift of `channels_affine` in `dtype`, from statistics that may be wider.
+
+    What the rounding of the mean to `dtype` leaves out goes into the shift: at mean 1e4 in float32 that is up to
+    5e-4 of a standard deviation of 1.
+    """
+    center = mean.to(dtype)
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+    if mean.dtype != dtype:
+        shift = shift - (mean - center.to(mean.dtype)) * scale
+    return center, scale.to(dtype), shift.to(dtype)
+
+
+class ChannelNorm(torch.autograd.Function):
+    """Normalizes (B, C, S) with given (C,) statistics. Saves x, weight, mean and rstd.
+
+    `count` is the number of values behind each channel's statistics when they are this batch's own, and the
+    gradient flows through them; None when they are fixed (running statistics), and dx = dout * scale. `m2` and
+    `eps` are what rstd was made of; backward needs eps where it is itself differentiated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Backend,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        count: int | None,
+        eps: float,
+    ) -> Tensor:
+        center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.backend, ctx.count, ctx.eps = backend, count, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return backend.channels_affine(x, center, scale, shift, None)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        if _differentiated(dout):
+            backend: Backend = reference
+            if ctx.count is not None:
+                _, mean, m2 = reference.channels_moments(x, None, False)
+                rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+        else:
+            backend = ctx.backend
+        dtype = accumulation_dtype(x.dtype)
+        center = mean.to(dtype)
+        drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
+        dx = dweight = dbias = None
+        if weight_needs or bias_needs or (x_needs and ctx.count is not None):
+            sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, False)
+            sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
+            dweight = sum_d_xhat.to(weight.dtype) if weight_needs else None
+            dbias = sum_d.to(ctx.bias_dtype) if bias_needs else None
+        if x_needs:
+            a = rstd if weight is None else rstd * weight.to(rstd.dtype)
+            if ctx.count is None:
+                dx = backend.channels_backward_affine(dout, None, None, a.to(dtype), None, None, None)
+            else:
+                # dx = a * (dout - mean(dout) - xhat * mean(dout * xhat)), sorted by what multiplies (x - center)
+                n = max(ctx.count, 1)
+                b = -a * rstd * sum_d_xhat / n
+                c = -a * sum_d / n - b * drift
+                dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), None)
+            dx = dx.to(x.dtype)
+        return None, dx, dweight, dbias, None, None, None, None

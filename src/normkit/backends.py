@@ -1,0 +1,257 @@
+"""Who computes a call: the backends, the automatic choice, its reasons, and how to force one.
+
+Here: the Backend protocol, `select`, `reasons`, `use_backend`.
+May import: torch, reference, kernels.
+Read next: autograd.py, which keeps the chosen backend from forward to backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normkit import reference
+from normkit.kernels import cpu
+from normkit.reference import Count
+
+
+class Backend(Protocol):
+    """The six primitives; `reference` documents each of them."""
+
+    def rows_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centered: bool,
+        weight_offset: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]: ...
+
+    def rows_backward(
+        self,
+        dout: Tensor,
+        dtotal: Tensor | None,
+        total: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor,
+        weight: Tensor | None,
+        weight_offset: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def channels_moments(self, x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Count, Tensor, Tensor]: ...
+
+    def channels_affine(
+        self, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, mask: Tensor | None
+    ) -> Tensor: ...
+
+    def channels_backward_moments(
+        self, dout: Tensor, x: Tensor, center: Tensor, mask: Tensor | None, per_sample: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def channels_backward_affine(
+        self,
+        dout: Tensor,
+        x: Tensor | None,
+        center: Tensor | None,
+        a: Tensor,
+        b: Tensor | None,
+        c: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor: ...
+
+
+NAMES = ("cpu", "triton", "reference")
+
+_EXACT_TYPES = (Tensor, torch.nn.Parameter)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRITON_IS_OFF = "this version has no Triton kernels; CUDA tensors take the reference path"
+
+_forced: ContextVar[str | None] = ContextVar("normkit_backend", default=None)
+
+
+class BackendUnavailable(RuntimeError):
+    """`use_backend(name)` was asked for and cannot take the call; the message carries the reasons."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One backend, whether it takes the call, and why (not), in a sentence."""
+
+    name: str
+    chosen: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'chosen' if self.chosen else 'not chosen'}): {self.why}"
+
+
+def select(*tensors: Tensor | None) -> Backend | None:
+    """The backend for one call on these tensors, or None for the differentiable composite of the formulas.
+
+    Raises:
+        BackendUnavailable: `use_backend(name)` is in force and that backend cannot take the tensors.
+    """
+    if transformed() is not None:
+        return None
+    forced = _forced.get()
+    if forced is None:
+        if _off_cpu(tensors) is None:
+            return cpu
+        return reference if _off_reference(tensors) is None else None
+    off = _OFF[forced](tensors)
+    if off is not None:
+        table = "; ".join(f"{name}: {_OFF[name](tensors) or 'available'}" for name in NAMES)
+        raise BackendUnavailable(
+            f'use_backend("{forced}") cannot take this call: {off}; leave use_backend or name another ({table})'
+        )
+    return cpu if forced == "cpu" else reference
+
+
+def reasons(x: Tensor | None = None) -> list[Reason]:
+    """Which backend takes x (without x: a plain float32 CPU tensor), and for every other one why not.
+
+    Example:
+        >>> import normkit
+        >>> for reason in normkit.reasons(torch.ones(2, 3, device="meta")):
+        ...     print(reason)
+        cpu (not chosen): x is on meta, the compiled core takes CPU tensors
+        triton (not chosen): this version has no Triton kernels; CUDA tensors take the reference path
+        reference (chosen): the formulas in plain torch take what no kernel takes
+    """
+    tensors = (torch.empty(0) if x is None else x,)
+    transform = transformed()
+    off = {name: transform or _OFF[name](tensors) for name in NAMES}
+    forced = _forced.get()
+    if transform is not None:
+        off["reference"] = None
+    elif forced is not None:
+        off = {name: why if name == forced else f'use_backend("{forced}") is in force' for name, why in off.items()}
+    taker = next((name for name in NAMES if off[name] is None), None if forced else "reference")
+    rows = []
+    for name in NAMES:
+        if name == taker:
+            rows.append(Reason(name, True, transform_text(transform) if transform else _CHOSEN[name]))
+        else:
+            rows.append(Reason(name, False, off[name] or f"{taker} comes first"))
+    return rows
+
+
+def transform_text(transform: str) -> str:
+    """Why the composite runs: the sentence that `reasons` prints for it."""
+    return f"its formulas as differentiable torch operations, since {transform}"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend ("cpu", "triton" or "reference") for the calls inside; never falls back.
+
+    Calls that it cannot take raise BackendUnavailable with the reasons. Tracing, transforms (`torch.compile`,
+    `torch.export`, `torch.func`) and double backward are the one exception: they take the composite formulas.
+    The choice is made in forward; a backward outside the context uses the same backend.
+
+    Raises:
+        ValueError: the name is not that of a backend.
+        BackendUnavailable: the backend is off on this machine, whatever the tensors.
+
+    Example:
+        >>> import torch, normkit
+        >>> with normkit.use_backend("reference"):
+        ...     out = normkit.functional.rms_norm(torch.ones(2, 4), 4)
+    """
+    if name not in NAMES:
+        raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}; see normkit.reasons()")
+    off = _TRITON_IS_OFF if name == "triton" else cpu.unavailable() if name == "cpu" else None
+    if off is not None:
+        raise BackendUnavailable(f'use_backend("{name}"): {off}')
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def transformed() -> str | None:
+    """Why no kernel may run now, whatever the tensors: a tracer, a transform or a mode is active; or None.
+
+    A kernel reads memory by address. Under these, the tensor in hand stands for something else (a graph node, a
+    batch, a pair of value and tangent) and its memory holds nothing or not everything. Function modes are no reason:
+    the public functions are handed to them, and what a mode hands on is computed as ever (`torch.device("cpu")` as a
+    context and `torch.set_default_device` are such modes).
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "a forward-mode differentiation level is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is recording"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active"
+    return None
+
+
+def exact(tensor: Tensor) -> bool:
+    """Whether the tensor is torch's own strided tensor, whose memory is what it shows."""
+    return (
+        type(tensor) in _EXACT_TYPES
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+def _off_cpu(tensors: Sequence[Tensor | None]) -> str | None:
+    if (why := cpu.unavailable()) is not None:
+        return why
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            return f"x is on {tensor.device}, the compiled core takes CPU tensors"
+        if not exact(tensor):
+            return _inexact_text(tensor)
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return f"x has dtype {tensor.dtype}, the compiled core takes float32, float64, bfloat16 and float16"
+    return None
+
+
+def _off_triton(tensors: Sequence[Tensor | None]) -> str | None:
+    return _TRITON_IS_OFF
+
+
+def _off_reference(tensors: Sequence[Tensor | None]) -> str | None:
+    """The reference as a backend differentiates by its own formula, which holds for real, exact tensors."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not exact(tensor):
+            return _inexact_text(tensor)
+        if not tensor.is_floating_point():
+            return f"x has dtype {tensor.dtype}, whose gradient is left to torch"
+    return None
+
+
+def _inexact_text(tensor: Tensor) -> str:
+    if type(tensor) not in _EXACT_TYPES:
+        return f"x is a {type(tensor).__name__}, kernels take exact torch.Tensor objects"
+    return "x is nested, sparse, or a lazily negated or zero view, kernels take plain strided memory"
+
+
+_OFF = {"cpu": _off_cpu, "triton": _off_triton, "reference": _off_reference}
+_CHOSEN = {
+    "cpu": "the compiled core takes plain CPU tensors",
+    "triton": "Triton kernels take CUDA tensors",
+    "reference": "the formulas in plain torch take what no kernel takes",
+}

@@ -1,0 +1,420 @@
+"""The public functions: torch.nn.functional's signatures; what normkit adds is keyword-only or a function of its own.
+
+Here: check the arguments, differentiate, call the backend; the docstrings that quote the formulas.
+May import: torch, _checks, reference, statistics, autograd, backends.
+Read next: autograd.py, what is saved and what backward does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from normkit import _checks, backends, reference, statistics
+from normkit.autograd import ChannelNorm, RowNorm, channel_vectors
+from normkit.reference import accumulation_dtype
+
+__all__ = ["AddNorm", "add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]
+
+Returned = TypeVar("Returned")
+
+
+_OMITTED = object()  # not None, which torch.utils._pytree may put in a tensor's place
+
+
+class _Pair(NamedTuple):
+    out: Tensor
+    total: Tensor
+
+
+class AddNorm(_Pair):
+    """What `add_layer_norm` and `add_rms_norm` return.
+
+    Made of one iterable too, as torch.return_types are: so does torch rebuild a result for a tensor subclass.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, out: Any, total: Any = _OMITTED) -> Self:
+        return cls._make(out) if total is _OMITTED else super().__new__(cls, out, total)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalizes each sample over its trailing `normalized_shape` axes to mean 0 and variance 1.
+
+        mean = mean(x over D);  var = mean((x - mean)^2 over D)
+        out = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Args:
+        input: x (..., *normalized_shape); float32, float64, bfloat16 or float16.
+        normalized_shape: the trailing shape that shares statistics, D elements in all; an int means one axis.
+        weight: gamma, shape `normalized_shape`, of any floating dtype; None multiplies by 1.
+        bias: beta, the same; None adds 0.
+        eps: added to the variance under the root; 1e-5 as in torch (Keras and Flax use 1e-3 and 1e-6).
+
+    Returns:
+        x's shape and dtype, contiguous, new memory.
+
+    Raises:
+        ValueError: "layer_norm: x must end with normalized_shape (4096,), got x of shape (2, 768); ..." and the
+            like for weight, bias and eps.
+        TypeError: x is no tensor, or has no floating-point dtype.
+
+    Numerics: statistics in float32 (float64 for float64) by two passes over data in cache, one rounding at the
+        end. A finite row never overflows on the compiled core, where torch's gives NaN beyond 1e19 in float32. A
+        row that holds inf or NaN becomes NaN, as in torch; a constant row becomes `bias`. Rows are bit-identical
+        whatever the batch size and the number of threads. Under CUDA autocast x is normalized in float32.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.layer_norm(torch.tensor([[90.0, 80.0, 70.0]]), 3)
+        tensor([[ 1.2247,  0.0000, -1.2247]])
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, eq. 3 and 4 (which have no eps).
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return _overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
+    return _row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, True, 0.0)[0]
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    """Divides each sample by its root mean square over the trailing `normalized_shape` axes; no mean is subtracted.
+
+        rstd = 1 / sqrt(mean(x^2 over D) + eps);  out = x * rstd * (weight + weight_offset)
+
+    Args:
+        input: x (..., *normalized_shape); float32, float64, bfloat16 or float16; complex as in torch (x^2, not |x|^2).
+        normalized_shape: the trailing shape that shares the mean square, D elements; an int means one axis.
+            `rms_norm(x, x.shape)` divides by the RMS of the whole matrix.
+        weight: gamma, shape `normalized_shape`, of any floating dtype; None multiplies by 1.
+        eps: added to the mean square under the root. None means the machine epsilon of the accumulation dtype
+            (1.19e-7 for float32 and half inputs, 2.2e-16 for float64), as in torch 2.13; name it for a model
+            that must not change with the library (Llama uses 1e-5 or 1e-6).
+        weight_offset: 1.0 for gains that are stored as (1 + weight), as in Gemma.
+
+    Returns:
+        x's shape and dtype, contiguous, new memory.
+
+    Raises:
+        ValueError: "rms_norm: x must end with normalized_shape (4096,), got x of shape (2, 768); ..." and the like
+            for weight and eps.
+        TypeError: x is no tensor, or has an integer or boolean dtype.
+
+    Numerics: as `layer_norm`; the gain multiplies before the one rounding to x's dtype (Llama's own code rounds
+        x * rstd first: up to one unit in the last place apart). An element inf gives NaN there and 0 elsewhere.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        tensor([[0.8485, 1.1314]])
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4 (which has no eps).
+    """
+    if has_torch_function_variadic(input, weight):
+        # without an offset it is torch's call in torch's words: NestedTensor takes it by name and knows no offset
+        added = {"weight_offset": weight_offset} if weight_offset else {}
+        return _overridden(rms_norm, (input, weight), input, normalized_shape, weight, eps, **added)
+    return _row_norm("rms_norm", input, None, normalized_shape, weight, None, eps, False, weight_offset)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> AddNorm:
+    """Adds a residual and normalizes the sum over its trailing axes, reading and writing memory once.
+
+        total = x + residual;  out = layer_norm(total, normalized_shape, weight, bias, eps)
+
+    Args:
+        x: (..., *normalized_shape).
+        residual: x's shape. With another dtype than x's the sum is torch's, in the promoted dtype.
+        normalized_shape, weight, bias, eps: as in `layer_norm`.
+
+    Returns:
+        AddNorm(out, total), both of x's shape, new memory.
+
+    Raises:
+        ValueError, TypeError: as `layer_norm`, and when the shapes of x and residual differ.
+
+    Numerics: the total is normalized *as stored*, rounded to its dtype: values and gradients are those of
+        `layer_norm(x + residual)`.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.add_layer_norm(torch.ones(1, 3), torch.tensor([[89.0, 79.0, 69.0]]), 3).total
+        tensor([[90., 80., 70.]])
+
+    Source: the PostNorm block of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
+    """
+    if has_torch_function_variadic(x, residual, weight, bias):
+        return _overridden(
+            add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps
+        )
+    _checks.addend("add_layer_norm", x, residual)
+    pair = _row_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, True, 0.0)
+    return AddNorm._make(pair)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> AddNorm:
+    """Adds a residual and divides the sum by its root mean square over the trailing axes, in one pass over memory.
+
+        total = x + residual;  out = rms_norm(total, normalized_shape, weight, eps, weight_offset=weight_offset)
+
+    Args:
+        x: (..., *normalized_shape).
+        residual: x's shape. With another dtype than x's the sum is torch's, in the promoted dtype.
+        normalized_shape, weight, eps, weight_offset: as in `rms_norm`.
+
+    Returns:
+        AddNorm(out, total), both of x's shape, new memory.
+
+    Raises:
+        ValueError, TypeError: as `rms_norm`, and when the shapes of x and residual differ.
+
+    Numerics: the total is normalized *as stored*, rounded to its dtype: values and gradients are those of
+        `rms_norm(x + residual)`.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.add_rms_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]), 2)
+        AddNorm(out=tensor([[0.8485, 1.1314]]), total=tensor([[3., 4.]]))
+
+    Source: the residual stream of Touvron et al., "LLaMA", 2023, section 2.2, with the add fused.
+    """
+    if has_torch_function_variadic(x, residual, weight):
+        return _overridden(
+            add_rms_norm,
+            (x, residual, weight),
+            x,
+            residual,
+            normalized_shape,
+            weight,
+            eps,
+            weight_offset=weight_offset,
+        )
+    _checks.addend("add_rms_norm", x, residual)
+    pair = _row_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, False, weight_offset)
+    return AddNorm._make(pair)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalizes each channel over batch and space, with the batch's statistics in training and stored ones in eval.
+
+        training: mean = mean(x over B, S);  var = mean((x - mean)^2 over B, S)
+        eval:     mean = running_mean;       var = running_var
+        out = (x - mean) / sqrt(var + eps) * weight + bias
+        running = (1 - momentum) * running + momentum * batch      (training, in place, not differentiated)
+
+    Args:
+        input: x (B, C, ...); float32, float64, bfloat16 or float16; channels-first or channels-last memory.
+        running_mean, running_var: (C,), updated in place in training; both None for no running statistics.
+        weight, bias: gamma and beta, (C,); None for 1 and 0.
+        training: whether the batch's statistics are used.
+        momentum: the weight of the *new* batch in the running average, torch's convention (Keras and Flax name the
+            weight of the old average, 1 - momentum).
+        eps: added to the variance under the root; positive in training.
+
+    Returns:
+        x's shape, dtype and memory format, new memory.
+
+    Raises:
+        ValueError: "batch_norm: training needs more than 1 value per channel, got x of shape (1, 3, 1, 1); ..." and
+            the like for shapes and missing statistics. Running statistics are then untouched.
+        TypeError: x is no tensor, or has no floating-point dtype.
+
+    Numerics: the biased variance normalizes, running_var averages the unbiased one (n / (n - 1)), as in torch.
+        Moments are sums of squared deviations, merged by Chan's formula; float64 on the compiled core. `mean` is
+        subtracted before scaling, which keeps precision where |mean| >> std. An empty batch leaves the running
+        statistics as they are. In eval the gradient does not read x: it is finite at x = inf, as in torch.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.batch_norm(torch.tensor([[90.0, 80.0, 70.0], [60.0, 50.0, 40.0]]), None, None, training=True)
+        tensor([[ 1.0000,  1.0000,  1.0000],
+                [-1.0000, -1.0000, -1.0000]])
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return _overridden(
+            batch_norm,
+            (input, running_mean, running_var, weight, bias),
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+        )
+    _checks.batch_norm("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
+    if _profiled():
+        with profiler.record_function("normkit::batch_norm"):
+            return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _profiled() -> bool:
+    """Whether a profiler wants labels. Asked before the flag is read, since torch.compile would guard on it."""
+    return not torch.compiler.is_compiling() and profiler._is_profiler_enabled
+
+
+def _overridden(
+    function: Callable[..., Returned], relevant: tuple[Tensor | None, ...], *args: Any, **kwargs: Any
+) -> Returned:
+    """Hand the call to a tensor subclass or function mode, as torch's own functions do."""
+    result: Returned = handle_torch_function(function, relevant, *args, **kwargs)
+    return result
+
+
+def _row_norm(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Check, fold the normalized axes into one, compute, unfold; (out, total)."""
+    shape = _checks.normalized_shape(op, x, normalized_shape, weight, bias)
+    widens = _autocast_widens(x)
+    given = None
+    if residual is None:
+        given = x
+    elif widens or residual.dtype != x.dtype:  # not one rounding to one dtype: torch adds, then we normalize
+        given = x = x + residual
+        residual = None
+    _checks.floating(op, x, complex_too=not centered)
+    if widens:
+        x = x.float()
+    if eps is None:
+        eps = torch.finfo(accumulation_dtype(x.dtype)).eps
+    _checks.epsilon(op, eps)
+    folded = len(shape) > 1
+    unfolded = x.shape
+    if folded:
+        x, residual, weight, bias = _fold(x, shape), _fold(residual, shape), _fold(weight, shape), _fold(bias, shape)
+    arguments = (x, residual, weight, bias, eps, centered, weight_offset)
+    if _profiled():
+        with profiler.record_function(f"normkit::{op}"):
+            out, total = _row_compute(*arguments)
+    else:
+        out, total = _row_compute(*arguments)
+    if folded:
+        out, total = out.view(unfolded), total.view(unfolded)
+    return out, total if given is None else given
+
+
+def _fold(x: Any, shape: tuple[int, ...]) -> Any:
+    """The trailing axes `shape` as one; a view where memory allows it."""
+    return None if x is None else x.flatten(-len(shape))
+
+
+def _autocast_widens(x: Tensor) -> bool:
+    """Whether torch's autocast runs row norms of x in float32: it does on CUDA, and leaves them alone on CPU."""
+    return x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _row_compute(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    backend = backends.select(x, residual, weight, bias)
+    if backend is None:
+        return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
+    if torch.is_grad_enabled() and _requires_grad(x, residual, weight, bias):
+        out, total = RowNorm.apply(  # type: ignore[no-untyped-call]
+            backend, x, residual, weight, bias, eps, centered, weight_offset
+        )
+        return out, x if total is None else total
+    return backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _channel_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    backend = backends.select(x, running_mean, running_var, weight, bias)
+    primitives = reference if backend is None else backend
+    view = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)  # (B, C, S)
+    count = None
+    if training:
+        differentiable = torch.is_grad_enabled() and backend is None
+        with torch.set_grad_enabled(differentiable):
+            found, mean, m2 = primitives.channels_moments(view, None, False)
+            count = cast(int, found)  # without a mask; not int(found), which would fix a symbolic batch size
+            rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
+        if running_mean is not None and running_var is not None:
+            statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        dtype = accumulation_dtype(x.dtype)
+        # a copy: the buffers may be updated in place between this forward and its backward
+        mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(dtype) + eps)
+    if backend is not None and torch.is_grad_enabled() and _requires_grad(x, weight, bias):
+        out: Tensor = ChannelNorm.apply(  # type: ignore[no-untyped-call]
+            backend, view, weight, bias, mean, rstd, count, eps
+        )
+    else:
+        center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
+        out = primitives.channels_affine(view, center, scale, shift, None)
+    return out.view(x.shape)

@@ -1,0 +1,185 @@
+"""The study's transformer: a causal byte-level language model with any norm in any placement.
+
+Here: Transformer and its sublayers, the norms by name, the initialisations by name.
+May import: torch, layers, placement.
+Read next: measure.py, which walks its residual stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normkit.layers import BatchNorm1d, LayerNorm, RMSNorm
+from normkit.placement import Placement, Residual, ResidualStack
+
+EPS = 1e-5  # of every norm: torch's RMSNorm would otherwise take another default than its LayerNorm
+
+NoNorm = Placement("none")  # x + f(x)
+
+
+class TokenBatchNorm(BatchNorm1d):
+    """BatchNorm of (B, T, D), features last: each feature over batch and time, running statistics in eval.
+
+    (B, T, D) seen as (B*T, D) is a view. In training a token's output thereby depends on the whole batch, on later
+    tokens too: a language model with it is causal in eval only.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, -2)).view(input.shape)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda width: nn.Identity(),
+    "batch": lambda width: TokenBatchNorm(width, eps=EPS),
+    "layer": lambda width: LayerNorm(width, eps=EPS),
+    "rms": lambda width: RMSNorm(width, eps=EPS),
+}
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(b, t, d))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with ReLU between: the theory of skip weights (FIELD, Xiong et al.) is stated for ReLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.relu(self.up(x)))
+        return out
+
+
+class Transformer(nn.Module):
+    """Byte ids (B, T) -> logits (B, T, 256).
+
+    Args:
+        depth: blocks; each is two residual sublayers, attention and feed-forward.
+        width: features of the stream; a multiple of `heads`.
+        seq: the longest T, for the learned positions.
+        norm: a name in NORMS; "none" has no placement.
+        placement: where the norms sit; None exactly for norm "none".
+        init: a name in INITS.
+
+    Every layer is built and initialised on its own: nn.TransformerEncoder copies one layer `depth` times, and its
+    layers start out equal. Norms draw no random numbers, so one torch seed gives one set of weights for all norms.
+
+    Raises:
+        ValueError: an unknown norm or init, a width that heads do not divide, a placement that does not fit the norm.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        seq: int,
+        norm: str,
+        placement: Placement | None,
+        init: str = "xavier",
+        vocabulary: int = 256,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"Transformer: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        if init not in INITS:
+            raise ValueError(f"Transformer: init must be one of {', '.join(INITS)}, got {init!r}")
+        if width % heads:
+            raise ValueError(f"Transformer: width must be a multiple of heads={heads}, got {width}")
+        if norm == "none" and placement is not None:
+            raise ValueError(f"Transformer: norm 'none' has no placement, got {placement.name!r}")
+        if norm != "none" and placement is None:
+            raise ValueError(f"Transformer: norm {norm!r} needs a placement, got None")
+        where = NoNorm if placement is None else placement
+
+        def residual(sublayer: nn.Module) -> Residual:
+            return Residual(sublayer, where, lambda: NORMS[norm](width))
+
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(seq, width)
+        sublayers = []
+        for _ in range(depth):
+            sublayers += [residual(Attention(width, heads)), residual(FeedForward(width))]
+        final_norm = NORMS[norm](width) if placement is not None and placement.needs_final_norm else None
+        self.stack = ResidualStack(sublayers, final_norm)
+        self.head = nn.Linear(width, vocabulary)
+        self.apply(INITS[init])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D): what enters the residual stack."""
+        embedded: Tensor = self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
+        return embedded
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stack(self.embed(ids)))
+        return logits
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats per byte, mean over the batch."""
+        return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+
+    def block_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters of each block: two sublayers and their norms."""
+        sublayers = list(self.stack.sublayers)
+        pairs = zip(sublayers[::2], sublayers[1::2], strict=True)
+        return [[*attention.parameters(), *feed_forward.parameters()] for attention, feed_forward in pairs]
+
+
+def _xavier(module: nn.Module) -> None:
+    """Glorot and Bengio 2010, uniform; biases 0; token and position together enter the stack with variance 1."""
+    if isinstance(module, Attention):
+        for matrix in module.qkv.weight.detach().chunk(3):  # q, k and v are three square matrices, not one of (3D, D)
+            nn.init.xavier_uniform_(matrix)
+        nn.init.xavier_uniform_(module.out.weight)
+        _zero_biases(module.qkv, module.out)
+    elif isinstance(module, FeedForward):
+        nn.init.xavier_uniform_(module.up.weight)
+        nn.init.xavier_uniform_(module.down.weight)
+        _zero_biases(module.up, module.down)
+    elif isinstance(module, Transformer):
+        nn.init.normal_(module.token.weight, std=0.5**0.5)
+        nn.init.normal_(module.position.weight, std=0.5**0.5)
+        nn.init.xavier_uniform_(module.head.weight)
+        _zero_biases(module.head)
+
+
+def _torch(module: nn.Module) -> None:
+    """What the constructors did: Linear uniform within 1/sqrt(fan_in), biases too; Embedding N(0, 1)."""
+
+
+def _gpt2(module: nn.Module) -> None:
+    """N(0, 0.02) for every matrix and embedding, biases 0 (Radford et al. 2019, without its scaling by depth)."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        _zero_biases(module)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def _zero_biases(*layers: nn.Linear) -> None:
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+
+
+INITS: dict[str, Callable[[nn.Module], None]] = {"xavier": _xavier, "torch": _torch, "gpt2": _gpt2}

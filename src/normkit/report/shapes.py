@@ -1,0 +1,68 @@
+"""Shapes: what a figure is, before it is drawn: a chart of panels of series.
+
+Here: dataclasses only.
+May import: report.load.
+Read next: charts.py, which fills them from cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normkit.report.load import NAN
+
+Points = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel, or one row of a panel of dots."""
+
+    label: str
+    norm: str
+    placement: str | None
+    points: Points  # a line: (x, median over seeds); dots: (value, 0) per seed
+    band: tuple[tuple[float, float, float], ...] = ()  # (x, lowest, highest over seeds), from two seeds on
+    faint: tuple[Points, ...] = ()  # raw curves behind a smoothed one
+    variant: str = ""  # "gain": thin dotted, the same quantity with |gamma|; "batch": second dot of a row
+    stopped: bool = False  # diverged: the line's last point is marked
+    note: str = ""  # dots: written where there is no value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A line to compare with: a level, or a curve through points."""
+
+    label: str
+    points: Points = ()
+    level: float = NAN
+    solid: bool = False  # measured cells that all lie on this line, rather than a theory or a baseline
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    references: tuple[Reference, ...] = ()
+    limits: tuple[float, float] = (NAN, NAN)  # of the axis that carries the measured number
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure: panels of one kind on one scale."""
+
+    name: str  # file name and anchor
+    title: str
+    kind: str  # "curves" over steps, "profile" over blocks or sublayers, "dots"
+    panels: tuple[Panel, ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+    log: bool = False
+    from_zero: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not any(series.points for panel in self.panels for series in panel.series)

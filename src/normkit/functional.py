@@ -174,7 +174,7 @@ def add_layer_norm(
         )
     _checks.addend("add_layer_norm", x, residual)
     pair = _row_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, True, 0.0)
-    return AddNorm._make(pair)
+    return AddNorm(*pair)
 
 
 def add_rms_norm(
@@ -224,7 +224,7 @@ def add_rms_norm(
         )
     _checks.addend("add_rms_norm", x, residual)
     pair = _row_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, False, weight_offset)
-    return AddNorm._make(pair)
+    return AddNorm(*pair)
 
 
 def batch_norm(

@@ -207,7 +207,7 @@ def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
 def _empty(shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> Tensor:
     batch, channels, space = shape
     strides = (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
-    return torch.empty_strided((batch, channels, space), strides, dtype=dtype)
+    return torch.empty_strided((batch, channels, space), strides, dtype=dtype, device="cpu")  # not the default one
 
 
 def _lines(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
@@ -241,8 +241,8 @@ def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[
     else:
         count = mask.sum(1, keepdim=True) if per_sample else mask.sum()
     size = (batch, channels) if per_sample else (channels,)
-    mean = torch.empty(size, dtype=torch.float64)
-    m2 = torch.empty(size, dtype=torch.float64)
+    mean = torch.empty(size, dtype=torch.float64, device="cpu")
+    m2 = torch.empty(size, dtype=torch.float64, device="cpu")
     _core.channels_moments(
         _CODES[x.dtype],
         batch,
@@ -300,8 +300,8 @@ def channels_backward_moments(
     mask, mask_address = _mask(mask)
     center, center_stride = _values(center, dtype)
     size = (batch, channels) if per_sample else (channels,)
-    sum_d = torch.empty(size, dtype=torch.float64)
-    sum_d_deviation = torch.empty(size, dtype=torch.float64)
+    sum_d = torch.empty(size, dtype=torch.float64, device="cpu")
+    sum_d_deviation = torch.empty(size, dtype=torch.float64, device="cpu")
     _core.channels_backward_moments(
         _CODES[dtype],
         batch,

@@ -20,8 +20,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror src/normkit/csrc/*.h src/normkit/csrc/*.cpp
 
-bench: $(VENV)/installed
-	$(BIN)/python benchmarks/layers.py $(ARGS)
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 # The tests of the core on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/installed-dev $(SANITIZE)/built
@@ -47,6 +47,10 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --group dev
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --group bench
 	@touch $@
 
 $(SERIAL)/built $(SANITIZE)/built: %/built: $(VENV)/installed

@@ -1,7 +1,7 @@
 """One table of calls for the tests of PyTorch's machinery: ours and torch's, with the inputs for both.
 
 Here: CALLS (rows with and without a residual, batch_norm in training and in eval), `inputs`, `scalar`, `gradients`,
-`record_primitives`.
+`watch_core`, `record_primitives`.
 Read next: test_transforms.py, which runs the table through every transform; test_compile.py, through the compilers.
 """
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import normkit.functional as NF
+from normkit import backends
 from normkit.kernels import cpu
 
 PRIMITIVES = (
@@ -25,6 +26,13 @@ PRIMITIVES = (
     "channels_affine",
     "channels_backward_moments",
     "channels_backward_affine",
+)
+# What else the compiled core is asked for, and the primitives that this stands for where it takes the call.
+WHOLE_CALLS = (
+    (backends, "norm_now", ("rows_forward",)),
+    (cpu, "channels_normalize", ("channels_moments", "channels_affine")),
+    (cpu, "channels_normalize_fixed", ("channels_affine",)),
+    (cpu, "channels_gradients", ("channels_backward_moments", "channels_backward_affine")),
 )
 D = 16  # normalized size of the row calls
 C = 3  # channels of the batch_norm calls
@@ -138,17 +146,25 @@ def gradients(function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[T
     return torch.autograd.grad(scalar(function(*arguments)), [a for a in arguments if a.requires_grad])
 
 
+def watch_core(patch: Callable[[object, str, object], None], on_call: Callable[[str], None]) -> None:
+    """Calls on_call(primitive) for every primitive that the compiled core computes; `patch` is setattr."""
+
+    def watched(function: Callable[..., Any], primitives: tuple[str, ...]) -> Callable[..., Any]:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if result is not None:
+                for primitive in primitives:
+                    on_call(primitive)
+            return result
+
+        return watching
+
+    for owner, name, primitives in (*((cpu, name, (name,)) for name in PRIMITIVES), *WHOLE_CALLS):
+        patch(owner, name, watched(getattr(owner, name), primitives))
+
+
 def record_primitives(patch: Callable[[object, str, object], None]) -> list[str]:
     """A list that grows by the name of each primitive that the compiled core is asked for; `patch` is setattr."""
     called: list[str] = []
-
-    def recording(name: str, primitive: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            return primitive(*args, **kwargs)
-
-        return recorded
-
-    for name in PRIMITIVES:
-        patch(cpu, name, recording(name, getattr(cpu, name)))
+    watch_core(patch, called.append)
     return called

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normkit
 import normkit.functional as NF
-from interop_calls import CALLS, PRIMITIVES, Call, D, gradients, inputs, scalar
-from normkit import reference
+from interop_calls import CALLS, PRIMITIVES, Call, D, gradients, inputs, scalar, watch_core
+from normkit import backends, reference
 from normkit.kernels import cpu
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
@@ -33,16 +33,16 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backend of each primitive that is asked for, in order."""
     called: list[str] = []
 
-    def recording(backend: str, primitive: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(primitive: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            called.append(backend)
+            called.append("reference")
             return primitive(*args, **kwargs)
 
         return recorded
 
-    for name, module in (("cpu", cpu), ("reference", reference)):
-        for primitive in PRIMITIVES:
-            monkeypatch.setattr(module, primitive, recording(name, getattr(module, primitive)))
+    watch_core(monkeypatch.setattr, lambda primitive: called.append("cpu"))
+    for primitive in PRIMITIVES:
+        monkeypatch.setattr(reference, primitive, recording(getattr(reference, primitive)))
     return called
 
 
@@ -144,6 +144,7 @@ def test_a_core_that_did_not_build_has_its_reason_and_the_reference_steps_in(
     monkeypatch: pytest.MonkeyPatch, computed: list[str]
 ) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "the compiled core is missing")
+    monkeypatch.setattr(backends, "norm_now", cpu._never)
     assert texts() == [
         "cpu (not chosen): the compiled core is missing",
         TRITON_OFF,

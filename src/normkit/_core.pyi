@@ -1,4 +1,9 @@
-"""The compiled core (csrc/module.cpp). Addresses are data_ptr()s, 0 for absent; strides count elements."""
+"""The compiled core (csrc/module.cpp). Addresses are data_ptr()s, 0 for absent; strides count elements.
+
+The last functions take tensors (csrc/calls.cpp) and answer None where these are not plain.
+"""
+
+from torch import Tensor
 
 def rows_forward(
     dtype: int,
@@ -139,6 +144,58 @@ def channels_backward_affine(
     threads: int,
     /,
 ) -> None: ...
+def bind_torch(functions: dict[str, object], /) -> None: ...
+def norm_now(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: object,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    centered: bool,
+    weight_offset: float,
+    /,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def norm_recorded(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None: ...
+def norm_backward(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    weight_offset: float,
+    dx: bool,
+    dweight: bool,
+    dbias: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
+def channels_normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, /
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+def channels_normalize_fixed(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, /
+) -> Tensor | None: ...
+def channels_gradients(
+    dout: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    count: int,
+    dx: bool,
+    parameters: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...

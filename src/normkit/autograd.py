@@ -105,12 +105,18 @@ def channel_vectors(
     return center, scale.to(dtype), shift.to(dtype)
 
 
+def lines(x: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C, S), a view where memory allows it."""
+    return x if x.dim() == 3 else x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())
+
+
 class ChannelNorm(torch.autograd.Function):
-    """Normalizes (B, C, S) with given (C,) statistics. Saves x, weight, mean and rstd.
+    """Normalizes (B, C, ...) with given (C,) statistics. Saves x, weight, mean and rstd.
 
     `count` is the number of values behind each channel's statistics when they are this batch's own, and the
-    gradient flows through them; None when they are fixed (running statistics), and dx = dout * scale. `m2` and
-    `eps` are what rstd was made of; backward needs eps where it is itself differentiated.
+    gradient flows through them; None when they are fixed (running statistics), and dx = dout * scale. `eps` is what
+    rstd was made with: backward needs it where it is itself differentiated. `computed` holds the result: forward only
+    records it. It comes in a list, since autograd would take a tensor that is both argument and result for a view.
     """
 
     @staticmethod
@@ -124,42 +130,112 @@ class ChannelNorm(torch.autograd.Function):
         rstd: Tensor,
         count: int | None,
         eps: float,
+        computed: list[Tensor],
     ) -> Tensor:
-        center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.backend, ctx.count, ctx.eps = backend, count, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return backend.channels_affine(x, center, scale, shift, None)
+        return computed.pop()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
-        if _differentiated(dout):
-            backend: Backend = reference
-            if ctx.count is not None:
-                _, mean, m2 = reference.channels_moments(x, None, False)
-                rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+        found = None
+        if not _differentiated(dout):
+            backend: Backend = ctx.backend
+            whole = backends.whole_norms(backend)
+            if whole is not None and ctx.count is not None:
+                parameters = weight_needs or bias_needs
+                found = whole.channels_gradients(dout, x, mean, rstd, weight, ctx.count, x_needs, parameters)
         else:
-            backend = ctx.backend
-        dtype = accumulation_dtype(x.dtype)
-        center = mean.to(dtype)
-        drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
-        dx = dweight = dbias = None
-        if weight_needs or bias_needs or (x_needs and ctx.count is not None):
-            sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, False)
-            sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
-            dweight = sum_d_xhat.to(weight.dtype) if weight_needs else None
-            dbias = sum_d.to(ctx.bias_dtype) if bias_needs else None
-        if x_needs:
-            a = rstd if weight is None else rstd * weight.to(rstd.dtype)
-            if ctx.count is None:
-                dx = backend.channels_backward_affine(dout, None, None, a.to(dtype), None, None, None)
-            else:
-                # dx = a * (dout - mean(dout) - xhat * mean(dout * xhat)), sorted by what multiplies (x - center)
-                n = max(ctx.count, 1)
-                b = -a * rstd * sum_d_xhat / n
-                c = -a * sum_d / n - b * drift
-                dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), None)
-            dx = dx.to(x.dtype)
-        return None, dx, dweight, dbias, None, None, None, None
+            backend = reference
+            if ctx.count is not None:
+                _, mean, m2 = reference.channels_moments(lines(x), None, False)
+                rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+        if found is None:
+            needs = (x_needs, weight_needs or bias_needs)
+            found = channel_gradients(backend, lines(dout), lines(x), mean, rstd, weight, ctx.count, needs)
+        dx, dweight, dbias = found
+        return (
+            None,
+            None if dx is None else dx.view(x.shape),
+            dweight.to(weight.dtype) if weight_needs else None,
+            dbias.to(ctx.bias_dtype) if bias_needs else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def channel_gradients(
+    backend: Backend,
+    dout: Tensor,  # (B, C, S)
+    x: Tensor,  # (B, C, S)
+    mean: Tensor,  # (C,)
+    rstd: Tensor,  # (C,)
+    weight: Tensor | None,
+    count: int | None,
+    needs: tuple[bool, bool],  # dx; dweight and dbias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias on the backward primitives; `count` as in ChannelNorm."""
+    dtype = accumulation_dtype(x.dtype)
+    center = mean.to(dtype)
+    drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
+    dx = sum_d = sum_d_xhat = None
+    if needs[1] or (needs[0] and count is not None):
+        sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, False)
+        sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
+    if needs[0]:
+        a = rstd if weight is None else rstd * weight.to(rstd.dtype)
+        if count is None:
+            dx = backend.channels_backward_affine(dout, None, None, a.to(dtype), None, None, None)
+        else:
+            assert sum_d is not None
+            assert sum_d_xhat is not None
+            # dx = a * (dout - mean(dout) - xhat * mean(dout * xhat)), sorted by what multiplies (x - center)
+            n = max(count, 1)
+            b = -a * rstd * sum_d_xhat / n
+            c = -a * sum_d / n - b * drift
+            dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), None)
+        dx = dx.to(x.dtype)
+    return dx, sum_d_xhat, sum_d
+
+
+# Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, neither
+# of which reaches a kernel (backends.select), for 1 us of a call that takes 10.
+_apply_row_norm = super(torch.autograd.Function, RowNorm).apply
+_apply_channel_norm = super(torch.autograd.Function, ChannelNorm).apply
+
+
+def record_row_norm(
+    backend: Backend,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """A row norm that backward will follow: (out, total), total being x without a residual."""
+    out, total = _apply_row_norm(backend, x, residual, weight, bias, eps, centered, weight_offset)
+    return out, x if total is None else total
+
+
+def record_channel_norm(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: int | None,
+    eps: float,
+    out: Tensor,
+) -> Tensor:
+    """`out` as ChannelNorm's result."""
+    recorded: Tensor = _apply_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, [out])
+    return recorded

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,13 +69,39 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
+class WholeNorms(Protocol):
+    """What a backend may offer besides: a plain call of BatchNorm in one step. None: not plain, take the primitives."""
+
+    def channels_normalize(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+
+    def channels_normalize_fixed(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | None: ...
+
+    def channels_gradients(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        count: int,
+        dx: bool,
+        parameters: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
+
+
 NAMES = ("cpu", "triton", "reference")
 
 _EXACT_TYPES = (Tensor, torch.nn.Parameter)
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TRITON_IS_OFF = "this version has no Triton kernels; CUDA tensors take the reference path"
 
-_forced: ContextVar[str | None] = ContextVar("normkit_backend", default=None)
+_forced = cpu.forced
+
+norm_now = cpu.norm_now
 
 
 class BackendUnavailable(RuntimeError):
@@ -115,6 +140,11 @@ def select(*tensors: Tensor | None) -> Backend | None:
             f'use_backend("{forced}") cannot take this call: {off}; leave use_backend or name another ({table})'
         )
     return cpu if forced == "cpu" else reference
+
+
+def whole_norms(backend: Backend | None) -> WholeNorms | None:
+    """The backend's whole norms, if it offers any."""
+    return cpu if backend is cpu else None
 
 
 def reasons(x: Tensor | None = None) -> list[Reason]:

@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normkit import _checks, backends, reference, statistics
-from normkit.autograd import ChannelNorm, RowNorm, channel_vectors
+from normkit.autograd import channel_vectors, lines, record_channel_norm, record_row_norm
 from normkit.reference import accumulation_dtype
 
 __all__ = ["AddNorm", "add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]
@@ -83,6 +83,10 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, eq. 3 and 4 (which have no eps).
     """
+    if not torch.compiler.is_compiling():
+        plain: Tensor | None = backends.norm_now(input, None, normalized_shape, weight, bias, eps, True, 0.0)
+        if plain is not None:
+            return plain
     if has_torch_function_variadic(input, weight, bias):
         return _overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
     return _row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, True, 0.0)[0]
@@ -128,6 +132,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4 (which has no eps).
     """
+    if not torch.compiler.is_compiling():
+        plain: Tensor | None = backends.norm_now(input, None, normalized_shape, weight, None, eps, False, weight_offset)
+        if plain is not None:
+            return plain
     if has_torch_function_variadic(input, weight):
         # without an offset it is torch's call in torch's words: NestedTensor takes it by name and knows no offset
         added = {"weight_offset": weight_offset} if weight_offset else {}
@@ -168,6 +176,10 @@ def add_layer_norm(
 
     Source: the PostNorm block of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
     """
+    if residual is not None and not torch.compiler.is_compiling():
+        plain = backends.norm_now(x, residual, normalized_shape, weight, bias, eps, True, 0.0)
+        if plain is not None:
+            return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight, bias):
         return _overridden(
             add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps
@@ -211,6 +223,10 @@ def add_rms_norm(
 
     Source: the residual stream of Touvron et al., "LLaMA", 2023, section 2.2, with the add fused.
     """
+    if residual is not None and not torch.compiler.is_compiling():
+        plain = backends.norm_now(x, residual, normalized_shape, weight, None, eps, False, weight_offset)
+        if plain is not None:
+            return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight):
         return _overridden(
             add_rms_norm,
@@ -371,10 +387,7 @@ def _row_compute(
     if backend is None:
         return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
     if torch.is_grad_enabled() and _requires_grad(x, residual, weight, bias):
-        out, total = RowNorm.apply(  # type: ignore[no-untyped-call]
-            backend, x, residual, weight, bias, eps, centered, weight_offset
-        )
-        return out, x if total is None else total
+        return record_row_norm(backend, x, residual, weight, bias, eps, centered, weight_offset)
     return backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
 
 
@@ -393,28 +406,54 @@ def _channel_norm(
     eps: float,
 ) -> Tensor:
     backend = backends.select(x, running_mean, running_var, weight, bias)
-    primitives = reference if backend is None else backend
-    view = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)  # (B, C, S)
-    count = None
-    if training:
-        differentiable = torch.is_grad_enabled() and backend is None
-        with torch.set_grad_enabled(differentiable):
-            found, mean, m2 = primitives.channels_moments(view, None, False)
-            count = cast(int, found)  # without a mask; not int(found), which would fix a symbolic batch size
-            rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
-        if running_mean is not None and running_var is not None:
-            statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
-    else:
+    recorded = backend is not None and torch.is_grad_enabled() and _requires_grad(x, weight, bias)
+    whole = backends.whole_norms(backend)
+    if not training:
         assert running_mean is not None
         assert running_var is not None
+        if whole is not None and not recorded:
+            out = whole.channels_normalize_fixed(x, running_mean, running_var, weight, bias, eps)
+            if out is not None:
+                return out
         dtype = accumulation_dtype(x.dtype)
         # a copy: the buffers may be updated in place between this forward and its backward
         mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(dtype) + eps)
-    if backend is not None and torch.is_grad_enabled() and _requires_grad(x, weight, bias):
-        out: Tensor = ChannelNorm.apply(  # type: ignore[no-untyped-call]
-            backend, view, weight, bias, mean, rstd, count, eps
-        )
+        return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
+    found = None if whole is None else whole.channels_normalize(x, weight, bias, eps)
+    if found is None:
+        primitives = reference if backend is None else backend
+        with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
+            counted, mean, m2 = primitives.channels_moments(lines(x), None, False)
+            count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
+            rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
+        out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
     else:
+        out, mean, m2, rstd = found
+        count = x.numel() // x.shape[1]
+        if recorded:
+            out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
+    if running_mean is not None and running_var is not None:
+        statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
+    return out
+
+
+def _channel_compute(
+    backend: backends.Backend | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: int | None,
+    eps: float,
+    recorded: bool,
+) -> Tensor:
+    """The affine half; `count` as in ChannelNorm."""
+    primitives = reference if backend is None else backend
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
         center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
-        out = primitives.channels_affine(view, center, scale, shift, None)
+        out = primitives.channels_affine(lines(x), center, scale, shift, None)
+    if recorded:
+        assert backend is not None
+        out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
     return out.view(x.shape)

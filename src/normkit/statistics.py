@@ -41,4 +41,4 @@ def update_running(
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, unbiased_variance(count, m2))):
             wide = torch.promote_types(running.dtype, batch.dtype)
-            running.copy_(running.to(wide) * (1.0 - momentum) + batch.detach().to(wide) * momentum)
+            running.copy_(torch.lerp(running.to(wide), batch.detach().to(wide), momentum))

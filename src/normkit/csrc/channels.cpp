@@ -73,25 +73,36 @@ void reduce(ChannelsReduction& args, int threads, UnitKernel unit, MergeKernel m
     });
 }
 
+int64_t pieces_per_line(const ChannelsShape& shape) {
+    return divide_up(shape.channels_last ? shape.channels : shape.space, kSpaceBlock);
+}
+
 // Pieces of lines, see for_lines in channels.h.
 template <class Kernel>
-void affine(const ChannelsAffine& args, int dtype, int threads, Kernel kernel) {
+void affine(ChannelsAffine args, int dtype, int threads, int tensors, Kernel kernel) {
     const ChannelsShape& shape = args.shape;
+    const int64_t elements = shape.batch * shape.channels * shape.space, bytes = elements * storage_bytes(dtype);
+    args.stream = beyond_cache(tensors * bytes);
+    prefer_huge_pages(args.out, bytes);
     const int64_t lines = shape.batch * (shape.channels_last ? shape.space : shape.channels);
-    const int64_t size = shape.channels_last ? shape.channels : shape.space;
-    prefer_huge_pages(args.out, lines * size * storage_bytes(dtype));
-    share(lines * divide_up(size, kSpaceBlock), useful_threads(threads, lines * size),
+    share(lines * pieces_per_line(shape), useful_threads(threads, elements),
           [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+// counts[g * blocks + k] for channels_moments.
+Scratch<double> block_counts(const ChannelsShape& shape, const ChannelBlocks& cut) {
+    Scratch<double> counts = scratch<double>(cut.groups * cut.blocks);
+    for (int64_t g = 0; g < cut.groups; ++g)
+        for (int64_t k = 0; k < cut.blocks; ++k)
+            counts[static_cast<size_t>(g * cut.blocks + k)] = block_count(shape, cut, g, k);
+    return counts;
 }
 
 }  // namespace
 
 void channels_moments(ChannelsReduction args, int dtype, bool per_sample, int threads) {
     args.cut = cut(args.shape, per_sample);
-    const Scratch<double> counts = scratch<double>(args.cut.groups * args.cut.blocks);
-    for (int64_t g = 0; g < args.cut.groups; ++g)
-        for (int64_t k = 0; k < args.cut.blocks; ++k)
-            counts[static_cast<size_t>(g * args.cut.blocks + k)] = block_count(args.shape, args.cut, g, k);
+    const Scratch<double> counts = block_counts(args.shape, args.cut);
     args.counts = counts.get();
     reduce(args, threads, kernels().channels_moments[dtype], kernels().merge_moments);
 }
@@ -102,11 +113,160 @@ void channels_backward_moments(ChannelsReduction args, int dtype, bool per_sampl
 }
 
 void channels_affine(const ChannelsAffine& args, int dtype, int threads) {
-    affine(args, dtype, threads, kernels().channels_affine[dtype]);
+    affine(args, dtype, threads, 2, kernels().channels_affine[dtype]);
 }
 
 void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads) {
-    affine(args, dtype, threads, kernels().channels_backward_affine[dtype]);
+    affine(args, dtype, threads, args.b.data != nullptr ? 3 : 2, kernels().channels_backward_affine[dtype]);
+}
+
+// ------------------------------------------------------------------------------- reduction and affine in one call
+
+namespace {
+
+// (C,) numbers in the accumulation dtype, read and written as double.
+struct Vector {
+    Scratch<char> memory;
+    void* data;
+    bool wide;
+
+    Vector(void* at, int dtype) : data(at), wide(dtype == kFloat64) {}
+    Vector(int64_t channels, int dtype)
+        : memory(scratch<char>(channels * accumulation_bytes(dtype))), data(memory.get()), wide(dtype == kFloat64) {}
+    double operator[](int64_t c) const {
+        return wide ? static_cast<double*>(data)[c] : double(static_cast<float*>(data)[c]);
+    }
+    // Returns the value as rounded.
+    double set(int64_t c, double value) {
+        if (wide) return static_cast<double*>(data)[c] = value;
+        return double(static_cast<float*>(data)[c] = float(value));
+    }
+};
+
+Vector widened(const Weight& weight, int64_t channels, int dtype) {
+    Vector vector(channels, dtype);
+    kernels().widen[weight.data != nullptr ? weight.dtype : dtype](weight.data, 0, vector.data, channels);
+    return vector;
+}
+
+// Reduction, vectors of each channel, affine. Where a channel's data stays in a core's cache, one channel after the
+// other, so that memory is read once; else each step for all channels. The bits are the same.
+template <class Vectors, class AffineKernel>
+void reduce_and_apply(ChannelsReduction reduction, ChannelsAffine apply, int dtype, int threads, int tensors,
+                      UnitKernel unit, MergeKernel merge, const Vectors& vectors, AffineKernel kernel) {
+    const ChannelsShape& shape = apply.shape;
+    const int64_t channels = shape.channels, plane = shape.batch * shape.space, elements = plane * channels;
+    const int64_t bytes = elements * storage_bytes(dtype);
+    const auto whole = [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) vectors(c);
+    };
+    reduction.cut = cut(shape, false);
+    const Scratch<double> counts = block_counts(shape, reduction.cut);
+    reduction.counts = counts.get();
+    threads = useful_threads(threads, elements);
+    if (shape.channels_last || channels < 2 * threads || !within_core_cache(bytes / channels * (tensors - 1))) {
+        reduce(reduction, threads, unit, merge);
+        whole(0, channels);
+        if (apply.out != nullptr) affine(apply, dtype, threads, tensors, kernel);
+        return;
+    }
+    const int64_t blocks = reduction.cut.blocks, pieces = pieces_per_line(shape);
+    const Scratch<double> first_memory = scratch<double>(blocks * channels);
+    const Scratch<double> second_memory = scratch<double>(blocks * channels);
+    reduction.first = first_memory.get();
+    reduction.second = second_memory.get();
+    apply.stream = beyond_cache(tensors * bytes);
+    prefer_huge_pages(apply.out, bytes);
+    share(channels, threads, [&](int64_t from, int64_t to) {
+        for (int64_t c = from; c < to; ++c) {
+            for (int64_t k = 0; k < blocks; ++k) unit(reduction, k * channels + c, k * channels + c + 1);
+            merge(reduction, 0, c, c + 1);
+            whole(c, c + 1);
+            if (apply.out == nullptr) continue;
+            for (int64_t b = 0; b < shape.batch; ++b)
+                kernel(apply, (b * channels + c) * pieces, (b * channels + c + 1) * pieces);
+        }
+    });
+}
+
+void set_layout(const ChannelsNorm& args, ChannelsAffine* apply) {
+    apply->shape = args.shape;
+    apply->x = args.x;
+    apply->dout = args.dout;
+    apply->out = args.out;
+    apply->out_batch_stride = args.x.batch_stride;
+    apply->out_line_stride = args.x.line_stride;
+}
+
+}  // namespace
+
+void channels_normalize(const ChannelsNorm& args, int dtype, int threads) {
+    const int64_t channels = args.shape.channels;
+    Vector center(channels, dtype), scale(channels, dtype), shift(channels, dtype);
+    const Vector weight = widened(args.weight, channels, dtype);
+    const Vector bias = widened(args.bias, channels, dtype);
+    ChannelsAffine apply{};
+    set_layout(args, &apply);
+    apply.center.data = center.data;
+    apply.scale.data = scale.data;
+    apply.shift.data = shift.data;
+    // What rounding takes from the mean goes into the shift, see channel_vectors in autograd.py.
+    const auto set = [&](int64_t c, double mean, double rstd) {
+        const double gain = rstd * weight[c], rest = mean - center.set(c, mean);
+        scale.set(c, gain);
+        shift.set(c, (args.bias.data != nullptr ? bias[c] : 0) - rest * gain);
+    };
+    const auto kernel = kernels().channels_affine[dtype];
+    if (args.fixed_mean != nullptr) {
+        const Vector mean(const_cast<void*>(args.fixed_mean), dtype), var(const_cast<void*>(args.fixed_var), dtype);
+        for (int64_t c = 0; c < channels; ++c) set(c, mean[c], 1 / __builtin_sqrt(var[c] + args.eps));
+        affine(apply, dtype, threads, 2, kernel);
+        return;
+    }
+    ChannelsReduction reduction{};
+    reduction.shape = args.shape;
+    reduction.x = args.x;
+    reduction.result_first = args.mean;
+    reduction.result_second = args.m2;
+    const double count = double(args.shape.batch * args.shape.space);
+    const auto vectors = [&](int64_t c) {
+        args.rstd[c] = 1 / __builtin_sqrt(args.m2[c] / count + args.eps);
+        set(c, args.mean[c], args.rstd[c]);
+    };
+    reduce_and_apply(reduction, apply, dtype, threads, 2, kernels().channels_moments[dtype], kernels().merge_moments,
+                     vectors, kernel);
+}
+
+void channels_gradients(const ChannelsNorm& args, int dtype, int threads) {
+    const int64_t channels = args.shape.channels;
+    Vector center(channels, dtype), a(channels, dtype), b(channels, dtype), c(channels, dtype);
+    for (int64_t i = 0; i < channels; ++i) center.set(i, args.mean[i]);
+    const Vector weight = widened(args.weight, channels, dtype);
+    ChannelsAffine apply{};
+    set_layout(args, &apply);
+    apply.center.data = center.data;
+    apply.a.data = a.data;
+    apply.b.data = b.data;
+    apply.c.data = c.data;
+    ChannelsReduction reduction{};
+    reduction.shape = args.shape;
+    reduction.x = args.x;
+    reduction.dout = args.dout;
+    reduction.center.data = center.data;
+    reduction.result_first = args.dbias;
+    reduction.result_second = args.dweight;  // sum(dout * (x - center)) until vectors() makes it dweight
+    const double count = double(args.count > 0 ? args.count : 1);
+    // dx = gain * (dout - mean(dout) - xhat * mean(dout * xhat)), sorted by what multiplies (x - center)
+    const auto vectors = [&](int64_t i) {
+        const double rest = args.mean[i] - center[i], rstd = args.rstd[i], gain = rstd * weight[i];
+        args.dweight[i] = (args.dweight[i] - rest * args.dbias[i]) * rstd;
+        const double slope = -gain * rstd * args.dweight[i] / count;
+        a.set(i, gain);
+        b.set(i, slope);
+        c.set(i, -gain * args.dbias[i] / count - slope * rest);
+    };
+    reduce_and_apply(reduction, apply, dtype, threads, 3, kernels().channels_backward_moments[dtype],
+                     kernels().merge_sums, vectors, kernels().channels_backward_affine[dtype]);
 }
 
 }  // namespace normkit

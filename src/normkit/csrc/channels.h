@@ -13,6 +13,8 @@ namespace normkit::NORMKIT_ISA {
 
 NORMKIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+NORMKIT_INLINE bool aligned(const void* p) { return uintptr_t(p) % kVectorBytes == 0; }
+
 template <class T>
 NORMKIT_INLINE const T* line_at(const Lines& lines, int64_t b, int64_t line) {
     return static_cast<const T*>(lines.data) + b * lines.batch_stride + line * lines.line_stride;
@@ -318,7 +320,7 @@ NORMKIT_INLINE Vec<A> value(const A* p, int64_t i, Lane lanes) {
 }
 
 // (x - center) * scale + shift along one line.
-template <class T, bool kLast>
+template <class T, bool kLast, bool kStream>
 NORMKIT_BLOCK void affine_line(const T* x, T* out, int64_t n, const uint8_t* mask, const Acc<T>* center,
                                const Acc<T>* scale, const Acc<T>* shift) {
     using A = Acc<T>;
@@ -326,12 +328,12 @@ NORMKIT_BLOCK void affine_line(const T* x, T* out, int64_t n, const uint8_t* mas
         Vec<A> v = (load<T>(x + i, lanes) - value<A, kLast>(center, i, lanes)) * value<A, kLast>(scale, i, lanes) +
                    value<A, kLast>(shift, i, lanes);
         if (mask != nullptr) v = where_valid<A>(mask + i, v, lanes);
-        store<T>(out + i, v, lanes);
+        store_out<kStream>(out + i, v, lanes);
     });
 }
 
 // a * dout + b * (x - center) + c along one line; without b, x is not read.
-template <class T, bool kLast>
+template <class T, bool kLast, bool kStream>
 NORMKIT_BLOCK void backward_affine_line(const T* dout, const T* x, T* out, int64_t n, const uint8_t* mask,
                                         const Acc<T>* a, const Acc<T>* center, const Acc<T>* b, const Acc<T>* c) {
     using A = Acc<T>;
@@ -342,7 +344,7 @@ NORMKIT_BLOCK void backward_affine_line(const T* dout, const T* x, T* out, int64
                  value<A, kLast>(c, i, lanes);
         }
         if (mask != nullptr) v = where_valid<A>(mask + i, v, lanes);
-        store<T>(out + i, v, lanes);
+        store_out<kStream>(out + i, v, lanes);
     });
 }
 
@@ -377,28 +379,35 @@ NORMKIT_INLINE void for_lines(const ChannelsAffine& a, int64_t first, int64_t la
 template <class T>
 void channels_affine(const ChannelsAffine& a, int64_t first, int64_t last) {
     using A = Acc<T>;
-    const auto line = a.shape.channels_last ? affine_line<T, true> : affine_line<T, false>;
+    const auto line = a.shape.channels_last ? affine_line<T, true, false> : affine_line<T, false, false>;
+    const auto streamed = a.shape.channels_last ? affine_line<T, true, true> : affine_line<T, false, true>;
     for_lines<T>(a, first, last,
                  [&](int64_t b, int64_t middle, int64_t start, int64_t n, const uint8_t* mask, T* out) NORMKIT_STEP {
                      const int64_t channel = a.shape.channels_last ? start : middle;
-                     line(line_at<T>(a.x, b, middle) + start, out, n, mask, values_at<A>(a.center, b) + channel,
-                          values_at<A>(a.scale, b) + channel, values_at<A>(a.shift, b) + channel);
+                     (a.stream && aligned(out) ? streamed : line)(
+                         line_at<T>(a.x, b, middle) + start, out, n, mask, values_at<A>(a.center, b) + channel,
+                         values_at<A>(a.scale, b) + channel, values_at<A>(a.shift, b) + channel);
                  });
+    if (a.stream) end_stream();
 }
 
 template <class T>
 void channels_backward_affine(const ChannelsAffine& a, int64_t first, int64_t last) {
     using A = Acc<T>;
-    const auto line = a.shape.channels_last ? backward_affine_line<T, true> : backward_affine_line<T, false>;
+    const bool last_axis = a.shape.channels_last;
+    const auto line = last_axis ? backward_affine_line<T, true, false> : backward_affine_line<T, false, false>;
+    const auto streamed = last_axis ? backward_affine_line<T, true, true> : backward_affine_line<T, false, true>;
     const bool fixed = a.b.data == nullptr;
     for_lines<T>(
         a, first, last,
         [&](int64_t b, int64_t middle, int64_t start, int64_t n, const uint8_t* mask, T* out) NORMKIT_STEP {
             const int64_t channel = a.shape.channels_last ? start : middle;
-            line(line_at<T>(a.dout, b, middle) + start, fixed ? nullptr : line_at<T>(a.x, b, middle) + start, out, n,
-                 mask, values_at<A>(a.a, b) + channel, fixed ? nullptr : values_at<A>(a.center, b) + channel,
-                 fixed ? nullptr : values_at<A>(a.b, b) + channel, fixed ? nullptr : values_at<A>(a.c, b) + channel);
+            (a.stream && aligned(out) ? streamed : line)(
+                line_at<T>(a.dout, b, middle) + start, fixed ? nullptr : line_at<T>(a.x, b, middle) + start, out, n,
+                mask, values_at<A>(a.a, b) + channel, fixed ? nullptr : values_at<A>(a.center, b) + channel,
+                fixed ? nullptr : values_at<A>(a.b, b) + channel, fixed ? nullptr : values_at<A>(a.c, b) + channel);
         });
+    if (a.stream) end_stream();
 }
 
 }  // namespace normkit::NORMKIT_ISA

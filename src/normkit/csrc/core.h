@@ -23,27 +23,39 @@ struct StridedRows {
     int64_t inner, outer_stride, inner_stride;
 };
 
+// (D,) numbers as they lie in memory: a gain is data + offset, or 1 where data is null.
+struct Weight {
+    const void* data;
+    int dtype;  // x's dtype or its accumulation dtype
+    double offset;
+};
+
 struct RowsForward {
     int64_t rows, size;  // R, D
     StridedRows x, residual;
-    const void *gain, *bias;  // (D,) in the accumulation dtype, or null
+    Weight weight, bias;       // bias without an offset; absent where its data is null
+    const void *gain, *shift;  // weight and bias in the accumulation dtype; null: widened block by block
     double eps;
     bool centered;
+    bool stream;        // out is written past the caches
     void *out, *total;  // (R, D) contiguous; total is null without a residual
-    void *mean, *rstd;  // (R,) in the accumulation dtype; mean is null when not centered
-    Sums* partials;     // one per block of a row; used when threads share a row
+    void *mean, *rstd;  // (R,) in the accumulation dtype, or null where nobody wants them
+    Sums* partials;     // kRowGroup per block of a row; used when threads share rows
 };
 
 struct RowsBackward {
     int64_t rows, size;
     StridedRows dout, dtotal, total;
     const void *mean, *rstd;  // mean is null when not centered
-    const void* gain;
+    Weight weight;
+    const void* gain;        // as in RowsForward
     void* dx;                // (R, D) contiguous, or null
-    void *dweight, *dbias;   // (row blocks, D) in the accumulation dtype, or null
+    bool stream;             // dx is written past the caches
+    void *dweight, *dbias;   // (row blocks, D) in the accumulation dtype; dbias only beside dweight; or null
     int64_t rows_per_block;  // rows that one line of dweight and dbias sums up
-    Sums* partials;
+    Sums* partials;          // kRowGroup per block of a row; used when threads share rows
 };
+constexpr int kRowGroup = 4;  // rows taken together: the gain is read, and dweight read and written, once for them
 
 // out[j] = sum over `count` lines of lines[k][j], in the accumulation dtype.
 struct LineSum {
@@ -99,12 +111,27 @@ struct ChannelsAffine {
     ChannelValues a, b, c;               // backward: a * dout + b * (x - center) + c; without b, a * dout
     void* out;
     int64_t out_batch_stride, out_line_stride;
+    bool stream;  // out is written past the caches, where its lines are aligned
+};
+
+// A whole normalization by channels, and its gradients: moments, vectors and affine in one call. x, dout and out are
+// dense and of the same layout.
+struct ChannelsNorm {
+    ChannelsShape shape;
+    Lines x, dout;
+    Weight weight, bias;  // (C,)
+    double eps;
+    const void *fixed_mean, *fixed_var;  // (C,) in the accumulation dtype; null: the batch's own
+    double *mean, *m2, *rstd;            // (C,): written by forward, read by backward (not m2); unused when fixed
+    int64_t count;                       // backward: values behind the statistics
+    double *dweight, *dbias;             // (C,): written by backward
+    void* out;                           // out or dx; dx may be null
 };
 
 // One instruction set's kernels, indexed by Dtype. first/last bound rows, row blocks or units (see the callers).
 struct Kernels {
     const char* name;
-    void (*widen[kDtypes])(const void* source, double offset, void* target, int64_t n);
+    void (*widen[kDtypes])(const void* source, double offset, void* target, int64_t n);  // null source: ones
     void (*rows_forward[kDtypes])(const RowsForward&, int64_t first, int64_t last, int threads);
     void (*rows_backward[kDtypes])(const RowsBackward&, int64_t first, int64_t last, int threads);
     void (*sum_lines[kDtypes])(const LineSum&, int64_t first, int64_t last);
@@ -126,23 +153,22 @@ bool set_isa(const char* name);   // false: unknown or unsupported
 using Task = void (*)(void* context, int64_t first, int64_t last);
 void parallel_ranges(int64_t n, int threads, Task task, void* context);
 int useful_threads(int threads, int64_t elements);
+bool beyond_cache(int64_t bytes);
+bool within_core_cache(int64_t bytes);
 bool has_openmp();
 void prefer_huge_pages(void* data, int64_t bytes);
 
 // rows.cpp, channels.cpp: the primitives. They fill in what their arguments leave open: gain, bias, partials, cuts.
-struct Weight {
-    const void* data;  // null: absent
-    int dtype;         // x's dtype or its accumulation dtype
-};
 struct RowsBackwardResult {
     void *dweight, *dbias;  // (D,) in the accumulation dtype, or null
 };
-void rows_forward(RowsForward args, int dtype, Weight weight, Weight bias, double weight_offset, int threads);
-void rows_backward(RowsBackward args, int dtype, Weight weight, double weight_offset, RowsBackwardResult result,
-                   int threads);
+void rows_forward(RowsForward args, int dtype, int threads);
+void rows_backward(RowsBackward args, int dtype, RowsBackwardResult result, int threads);
 void channels_moments(ChannelsReduction args, int dtype, bool per_sample, int threads);
 void channels_backward_moments(ChannelsReduction args, int dtype, bool per_sample, int threads);
 void channels_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads);
+void channels_normalize(const ChannelsNorm& args, int dtype, int threads);
+void channels_gradients(const ChannelsNorm& args, int dtype, int threads);
 
 }  // namespace normkit

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core.h"
+#include "calls.h"
 
 namespace nb = nanobind;
 
@@ -32,13 +32,15 @@ void forward_rows(int dtype, int64_t rows, int64_t size,                        
     args.size = size;
     args.x = {at(x), x_inner, x_outer_stride, x_inner_stride};
     args.residual = {at(residual), residual_inner, residual_outer_stride, residual_inner_stride};
+    args.weight = {at(weight), weight_dtype, weight_offset};
+    args.bias = {at(bias), bias_dtype, 0};
     args.eps = eps;
     args.centered = centered;
     args.out = at(out);
     args.total = at(total);
     args.mean = at(mean);
     args.rstd = at(rstd);
-    rows_forward(args, dtype, {at(weight), weight_dtype}, {at(bias), bias_dtype}, weight_offset, threads);
+    rows_forward(args, dtype, threads);
 }
 
 void backward_rows(int dtype, int64_t rows, int64_t size,  //
@@ -55,8 +57,9 @@ void backward_rows(int dtype, int64_t rows, int64_t size,  //
     args.total = {at(total), total_inner, total_outer_stride, total_inner_stride};
     args.mean = at(mean);
     args.rstd = at(rstd);
+    args.weight = {at(weight), weight_dtype, weight_offset};
     args.dx = at(dx);
-    rows_backward(args, dtype, {at(weight), weight_dtype}, weight_offset, {at(dweight), at(dbias)}, threads);
+    rows_backward(args, dtype, {at(dweight), at(dbias)}, threads);
 }
 
 ChannelsShape shape_of(int64_t batch, int64_t channels, int64_t space, bool channels_last, Address mask) {
@@ -148,6 +151,19 @@ NB_MODULE(_core, m) {
     m.def("channels_affine", &affine, release);
     m.def("channels_backward_moments", &backward_moments, release);
     m.def("channels_backward_affine", &backward_affine, release);
+    const auto none = nb::arg().none();
+    m.def("bind_torch", &bind_torch);
+    m.def("norm_now", &norm_now, none, none, none, none, none, none, nb::arg(), nb::arg());
+    m.def("norm_recorded", &norm_recorded, none, none, none, none, nb::arg(), nb::arg(), nb::arg());
+    m.def("norm_backward", &norm_backward, none, none, none, none, none, none, nb::arg(), nb::arg(), nb::arg(),
+          nb::arg());
+    m.def("channels_normalize", nb::overload_cast<nb::handle, nb::handle, nb::handle, double>(&channels_normalize),
+          none, none, none, nb::arg());
+    m.def("channels_normalize_fixed", &channels_normalize_fixed, none, none, none, none, none, nb::arg());
+    m.def("channels_gradients",
+          nb::overload_cast<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, int64_t, bool, bool>(
+              &channels_gradients),
+          none, none, none, none, none, nb::arg(), nb::arg(), nb::arg());
     m.def("isa", [] { return kernels().name; });
     m.def("isas", &isas);
     m.def("set_isa", &choose_isa);

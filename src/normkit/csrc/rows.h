@@ -15,6 +15,17 @@ NORMKIT_INLINE const T* row_of(const StridedRows& rows, int64_t r) {
     return static_cast<const T*>(rows.data) + outer * rows.outer_stride + (r - outer * rows.inner) * rows.inner_stride;
 }
 
+// Rows taken together, and accumulators of a row's sum: what 32, or 16, registers hold. 16 partial sums at least keep
+// the rounding of 4096 additions small.
+#if defined(__AVX512F__)
+constexpr int kGroup = 4, kChains = 2;
+#elif defined(__AVX2__)
+constexpr int kGroup = 2, kChains = 2;
+#else
+constexpr int kGroup = 1, kChains = 4;
+#endif
+static_assert(kGroup <= kRowGroup, "rows.cpp makes room for kRowGroup");
+
 // -------------------------------------------------------------------------------- the blocks of one row
 
 // block(start, n) for each block of a row of `size` elements, shared by `threads`.
@@ -37,94 +48,190 @@ void for_blocks(int64_t size, int threads, const Block& block) {
     }
 }
 
-// The sum of block(start, n) over the blocks in their order, in double: the same bits for any number of threads.
-template <class Block>
-Sums sum_blocks(int64_t size, int threads, Sums* partials, const Block& block) {
-    Sums sums{0, 0};
-    const auto add = [&](Sums part) {
-        sums.first += part.first;
-        sums.second += part.second;
+// Adds block(start, n, sums) over the blocks in their order, in double: the same bits for any number of threads. A
+// block sums up kRows rows at once and sets sums[0..kRows).
+template <int kRows, class Block>
+void sum_blocks(int64_t size, int threads, Sums* partials, Sums* sums, const Block& block) {
+    const auto add = [&](const Sums* part) {
+        for (int r = 0; r < kRows; ++r) {
+            sums[r].first += part[r].first;
+            sums[r].second += part[r].second;
+        }
     };
     if (threads == 1) {
-        for_blocks(size, 1, [&](int64_t start, int64_t n) { add(block(start, n)); });
+        for_blocks(size, 1, [&](int64_t start, int64_t n) {
+            Sums part[kRows];
+            block(start, n, part);
+            add(part);
+        });
     } else {
-        for_blocks(size, threads, [&](int64_t start, int64_t n) { partials[start / kRowBlock] = block(start, n); });
-        for (int64_t i = 0; i * kRowBlock < size; ++i) add(partials[i]);
+        for_blocks(size, threads,
+                   [&](int64_t start, int64_t n) { block(start, n, partials + start / kRowBlock * kRows); });
+        for (int64_t i = 0; i * kRowBlock < size; ++i) add(partials + i * kRows);
     }
-    return sums;
+}
+
+// `weight` + its offset in the accumulation dtype; ones where there is none. T is the rows' dtype.
+template <class T>
+void widen(const void* source, double offset, void* target, int64_t n) {
+    using A = Acc<T>;
+    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Vec<A> v = source ? load<T>(static_cast<const T*>(source) + i, lanes) + A(offset) : splat<A>(1);
+        store<A>(static_cast<A*>(target) + i, v, lanes);
+    });
+}
+
+// Elements start..start+n of a weight: out of `wide`, or widened into `buffer`.
+template <class T>
+NORMKIT_INLINE const Acc<T>* weight_block(const Weight& weight, const void* wide, int64_t start, int64_t n,
+                                          Acc<T>* buffer) {
+    using A = Acc<T>;
+    if (wide != nullptr) return static_cast<const A*>(wide) + start;
+    if (weight.data == nullptr) {
+        widen<T>(nullptr, 0, buffer, n);
+    } else if (weight.dtype == kFloat32 || weight.dtype == kFloat64) {
+        widen<A>(static_cast<const A*>(weight.data) + start, weight.offset, buffer, n);
+    } else {
+        widen<T>(static_cast<const T*>(weight.data) + start, weight.offset, buffer, n);
+    }
+    return buffer;
+}
+
+// value(r) for the rows that a block takes together, in registers: through a pointer to the rows, the compiler would
+// read them again after every store.
+template <class Value, int kRows>
+struct Each {
+    Value of[kRows];
+};
+template <int kRows, class Call>
+NORMKIT_INLINE auto each(const Call& value) {
+    Each<decltype(value(0)), kRows> found;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) found.of[r] = value(r);
+    return found;
+}
+
+// ------------------------------------------------------------------------------------- from values to variants
+
+template <bool kValue>
+struct Flag {
+    static constexpr bool value = kValue;
+};
+// call(Flag...) for the values of some conditions.
+template <class Call>
+void choose(const Call& call) {
+    call();
+}
+template <class Call, class... Conditions>
+void choose(const Call& call, bool condition, Conditions... rest) {
+    if (condition) {
+        choose([&](auto... flags) { call(Flag<true>{}, flags...); }, rest...);
+    } else {
+        choose([&](auto... flags) { call(Flag<false>{}, flags...); }, rest...);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// Sums of x * scale and of its square. With a residual, x + residual is stored in total, and as stored it is summed.
+// A row on its way through forward. Its statistics are in the domain total * scale, scale being 1 but for rows whose
+// squares overflow. The mean is center + what `offset` makes good, (center - mean) * rstd: rounding takes up to 5e-4
+// of the standard deviation from a center of 1e4, std 1 in float32.
 template <class T>
-NORMKIT_BLOCK Sums sum_block(const T* x, const T* residual, T* total, int64_t n, Acc<T> scale) {
-    using A = Acc<T>;
-    Vec<A> sum[4] = {}, square[4] = {};
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        Vec<A> v = load<T>(x + i, lanes);
-        if (residual != nullptr) {
-            v = rounded<T>(v + load<T>(residual + i, lanes));
-            store<T>(total + i, v, lanes);
-        }
-        v *= scale;
-        sum[k] += v;
-        square[k] += v * v;
-    });
-    return {add_lanes<A>(sum), add_lanes<A>(square)};
-}
-
-// Sums of d = x * scale - mean and of its square.
-template <class T>
-NORMKIT_BLOCK Sums deviation_block(const T* x, int64_t n, Acc<T> scale, Acc<T> mean) {
-    using A = Acc<T>;
-    Vec<A> sum[4] = {}, square[4] = {};
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        const Vec<A> d = keep<A>(load<T>(x + i, lanes) * scale - mean, lanes);
-        sum[k] += d;
-        square[k] += d * d;
-    });
-    return {add_lanes<A>(sum), add_lanes<A>(square)};
-}
-
-// A row's statistics in the domain x * scale. The mean has two parts: `delta` is what the sum of deviations from
-// `mean` showed to be missing, worth 5e-4 of the standard deviation at mean 1e4, std 1 in float32.
-template <class T>
-struct RowStatistics {
-    Acc<T> scale, mean, delta, rstd;
-    double saved_mean, saved_rstd;
-    double var;
+struct NormRow {
+    const T *x, *residual;  // once total is written, x is the total
+    T *total, *out;         // total is null without a residual
+    Acc<T> scale, center, offset, rstd;
+    double mean, saved_rstd, var;
 };
 
-template <class T>
-RowStatistics<T> row_statistics(const RowsForward& a, const T* x, const T* residual, T* total, double scale,
-                                int threads) {
+// Sums of d = x * scale - center and of its square for kRows rows; when not centered only squares count. With a
+// residual, x is x + residual as rounded to its dtype, and that is stored in total. A row's sums have the same bits
+// whatever rows stand beside it.
+template <class T, int kRows, bool kCentered, bool kResidual, bool kScaled>
+NORMKIT_BLOCK void deviation_block(const NormRow<T>* rows, int64_t start, int64_t n, Sums* sums) {
     using A = Acc<T>;
-    RowStatistics<T> s{A(scale), 0, 0, 0, 0, 0, 0};
-    const double size = double(a.size);
-    const Sums sums = sum_blocks(a.size, threads, a.partials, [&](int64_t start, int64_t n) {
-        return sum_block<T>(x + start, residual ? residual + start : nullptr, total ? total + start : nullptr, n,
-                            s.scale);
+    const auto x = each<kRows>([&](int r) { return rows[r].x + start; });
+    const auto residual = each<kRows>([&](int r) { return kResidual ? rows[r].residual + start : nullptr; });
+    const auto total = each<kRows>([&](int r) { return kResidual ? rows[r].total + start : nullptr; });
+    const auto center = each<kRows>([&](int r) { return splat<A>(rows[r].center); });
+    const A scale = rows[0].scale;
+    static_assert(kRows == 1 || !kScaled, "rows with a scale go one by one");
+    Vec<A> sum[kRows][kChains] = {}, square[kRows][kChains] = {};
+    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            Vec<A> d = load<T>(x.of[r] + i, lanes);
+            if constexpr (kResidual) {
+                d = rounded<T>(d + load<T>(residual.of[r] + i, lanes));
+                store<T>(total.of[r] + i, d, lanes);
+            }
+            if constexpr (kScaled) d *= scale;
+            if constexpr (kCentered) {
+                d = keep<A>(d - center.of[r], lanes);
+                sum[r][k % kChains] += d;
+            }
+            square[r][k % kChains] += d * d;
+        }
     });
-    double delta = 0;
-    if (a.centered) {
-        const T* stored = residual != nullptr ? total : x;
-        s.mean = A(sums.first / size);
-        const Sums deviations = sum_blocks(a.size, threads, a.partials, [&](int64_t start, int64_t n) {
-            return deviation_block<T>(stored + start, n, s.scale, s.mean);
-        });
-        delta = deviations.first / size;
-        s.var = deviations.second / size - delta * delta;
-        if (s.var < 0) s.var = 0;  // rounding; NaN stays
-    } else {
-        s.var = sums.second / size;
+    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes<A>(sum[r]), add_lanes<A>(square[r])};
+}
+
+// Statistics take one pass about a center that a sample of the row gives: the mean of its first kSample elements. The
+// mean of m out of n elements lies at most sqrt(n / m - 1) standard deviations from the row's own; where it lies more
+// than one away, the difference of squares would lose digits, and the pass is made again about the mean itself.
+constexpr int64_t kSample = 128;
+
+template <class T, bool kResidual>
+NORMKIT_INLINE void sample_center(NormRow<T>& row, int64_t size) {
+    using A = Acc<T>;
+    const int64_t m = size < kSample ? size : kSample;
+    Vec<A> sum[4] = {};
+    sweep<A>(m, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        Vec<A> v = load<T>(row.x + i, lanes);
+        if constexpr (kResidual) v += load<T>(row.residual + i, lanes);
+        sum[k] += v * row.scale;
+    });
+    row.center = A(add_lanes<A>(sum) / double(m));
+}
+
+// var and mean from mean(d) and mean(d^2).
+template <class T>
+NORMKIT_INLINE void set_moments(NormRow<T>& row, Sums sums, double size, bool centered) {
+    const double delta = centered ? sums.first / size : 0, var = sums.second / size - delta * delta;
+    row.mean = double(row.center) + delta;
+    row.var = var < 0 ? 0 : var;  // rounding; NaN stays
+}
+
+template <class T, int kRows, bool kCentered, bool kResidual, bool kScaled>
+void set_statistics(const RowsForward& a, NormRow<T>* rows, int threads) {
+    using A = Acc<T>;
+    const double size = double(a.size);
+    Sums sums[kRows] = {};
+    if constexpr (kCentered)
+        for (int r = 0; r < kRows; ++r) sample_center<T, kResidual>(rows[r], a.size);
+    sum_blocks<kRows>(a.size, threads, a.partials, sums, [&](int64_t start, int64_t n, Sums* part) {
+        deviation_block<T, kRows, kCentered, kResidual, kScaled>(rows, start, n, part);
+    });
+    for (int r = 0; r < kRows; ++r) {
+        NormRow<T>& row = rows[r];
+        if constexpr (kResidual) row.x = row.total;
+        set_moments(row, sums[r], size, kCentered);
+        const double off = row.mean - double(row.center);
+        if (kCentered && off * off > row.var) {
+            row.center = A(row.mean);
+            Sums again{0, 0};
+            sum_blocks<1>(a.size, threads, a.partials, &again, [&](int64_t start, int64_t n, Sums* part) {
+                deviation_block<T, 1, true, false, kScaled>(&row, start, n, part);
+            });
+            set_moments(row, again, size, true);
+        }
+        const double scale = double(row.scale), rstd = 1 / __builtin_sqrt(row.var + a.eps * scale * scale);
+        row.center = A(row.mean);
+        row.offset = A((double(row.center) - row.mean) * rstd);
+        row.rstd = A(rstd);
+        row.mean /= scale;
+        row.saved_rstd = rstd * scale;
     }
-    const double rstd = 1 / __builtin_sqrt(s.var + a.eps * scale * scale);
-    s.delta = A(delta);
-    s.rstd = A(rstd);
-    s.saved_mean = (double(s.mean) + delta) / scale;
-    s.saved_rstd = rstd * scale;
-    return s;
 }
 
 // 1 unless every element is finite; else the power of two that brings the largest to about 2^30, where squares and
@@ -140,142 +247,310 @@ double rescue_scale(const T* x, int64_t n) {
     return largest > 0 ? __builtin_ldexp(1.0, 30 - __builtin_ilogb(largest)) : 1;
 }
 
-// The statistics of a finite row whose sum of squares overflowed.
-template <class T>
-NORMKIT_BLOCK RowStatistics<T> rescued_statistics(const RowsForward& a, const T* stored, double scale, int threads) {
+// Sets the statistics of a row again if its sum of squares overflowed though every element is finite.
+template <class T, bool kCentered>
+NORMKIT_BLOCK void rescue(const RowsForward& a, NormRow<T>& row, int threads) {
     using A = Acc<T>;
-    RowStatistics<T> s = row_statistics<T>(a, stored, nullptr, nullptr, scale, threads);
-    if (s.var == 0) {  // eps * scale^2 is lost beside nothing else, and 1 / sqrt of it may not fit
-        s.saved_rstd = 1 / __builtin_sqrt(a.eps);
-        s.rstd = Types<A>::kMax;
+    row.scale = A(rescue_scale<T>(row.x, a.size));
+    if (row.scale == 1) return;
+    set_statistics<T, 1, kCentered, false, true>(a, &row, threads);
+    if (row.var == 0) {  // eps * scale^2 is lost beside nothing else, and 1 / sqrt of it may not fit
+        row.saved_rstd = 1 / __builtin_sqrt(a.eps);
+        row.rstd = Types<A>::kMax;
+        row.offset = 0;
     }
-    return s;
 }
 
-template <class T>
-NORMKIT_BLOCK void affine_block(const T* x, const Acc<T>* gain, const Acc<T>* bias, T* out, int64_t n,
-                                const RowStatistics<T>& s) {
+// out = ((x * scale - center) * rstd + offset) * gain + shift.
+template <class T, int kRows, bool kCentered, bool kShift, bool kStream, bool kScaled>
+NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain,
+                                const Acc<T>* shift) {
     using A = Acc<T>;
-    const A scale = s.scale, mean = s.mean, delta = s.delta, rstd = s.rstd;
+    const auto x = each<kRows>([&](int r) { return rows[r].x + start; });
+    const auto out = each<kRows>([&](int r) { return rows[r].out + start; });
+    const auto center = each<kRows>([&](int r) { return splat<A>(rows[r].center); });
+    const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
+    const auto offset = each<kRows>([&](int r) { return splat<A>(rows[r].offset); });
+    const A scale = rows[0].scale;
     sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        Vec<A> v = (load<T>(x + i, lanes) * scale - mean - delta) * rstd;
-        if (gain != nullptr) v *= load<A>(gain + i, lanes);
-        if (bias != nullptr) v += load<A>(bias + i, lanes);
-        store<T>(out + i, v, lanes);
+        const Vec<A> gain_i = load<A>(gain + i, lanes), shift_i = kShift ? load<A>(shift + i, lanes) : Vec<A>{};
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            Vec<A> v = load<T>(x.of[r] + i, lanes);
+            if constexpr (kScaled) v *= scale;
+            v = kCentered ? (v - center.of[r]) * rstd.of[r] + offset.of[r] : v * rstd.of[r];
+            v = kShift ? v * gain_i + shift_i : v * gain_i;
+            store_out<kStream>(out.of[r] + i, v, lanes);
+        }
     });
 }
 
-template <class T>
-void forward_row(const RowsForward& a, int64_t r, int threads) {
-    using A = Acc<T>;
-    const T* x = row_of<T>(a.x, r);
-    const T* residual = a.residual.data != nullptr ? row_of<T>(a.residual, r) : nullptr;
-    T* total = residual != nullptr ? static_cast<T*>(a.total) + r * a.size : nullptr;
-    const T* stored = residual != nullptr ? total : x;
-    RowStatistics<T> s = row_statistics<T>(a, x, residual, total, 1, threads);
-    if (__builtin_expect(!finite(s.var), 0)) {
-        const double scale = rescue_scale<T>(stored, a.size);
-        if (scale != 1) s = rescued_statistics<T>(a, stored, scale, threads);
-    }
-    const A *gain = static_cast<const A*>(a.gain), *bias = static_cast<const A*>(a.bias);
-    T* out = static_cast<T*>(a.out) + r * a.size;
+template <class T, int kRows, bool kCentered, bool kShift, bool kStream, bool kScaled>
+void affine_rows(const RowsForward& a, const NormRow<T>* rows, int threads) {
     for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
-        affine_block<T>(stored + start, gain ? gain + start : nullptr, bias ? bias + start : nullptr, out + start, n,
-                        s);
+        Acc<T> buffers[2][kRowBlock];
+        const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffers[0]);
+        const Acc<T>* shift = kShift ? weight_block<T>(a.bias, a.shift, start, n, buffers[1]) : nullptr;
+        affine_block<T, kRows, kCentered, kShift, kStream, kScaled>(rows, start, n, gain, shift);
+        if (kStream && threads > 1) end_stream();
     });
-    if (a.mean != nullptr) static_cast<A*>(a.mean)[r] = A(s.saved_mean);
-    static_cast<A*>(a.rstd)[r] = A(s.saved_rstd);
 }
 
+// kRows rows from r on.
+template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream>
+void forward_group(const RowsForward& a, int64_t r, int threads) {
+    using A = Acc<T>;
+    NormRow<T> rows[kRows];
+    for (int k = 0; k < kRows; ++k) {
+        rows[k].x = row_of<T>(a.x, r + k);
+        rows[k].residual = kResidual ? row_of<T>(a.residual, r + k) : nullptr;
+        rows[k].total = kResidual ? static_cast<T*>(a.total) + (r + k) * a.size : nullptr;
+        rows[k].out = static_cast<T*>(a.out) + (r + k) * a.size;
+        rows[k].scale = 1;
+        rows[k].center = 0;
+    }
+    set_statistics<T, kRows, kCentered, kResidual, false>(a, rows, threads);
+    bool scaled = false;
+    for (int k = 0; k < kRows; ++k) {
+        if (__builtin_expect(!finite(rows[k].var), 0)) rescue<T, kCentered>(a, rows[k], threads);
+        scaled = scaled || rows[k].scale != 1;
+        if (a.mean != nullptr) static_cast<A*>(a.mean)[r + k] = A(rows[k].mean);
+        if (a.rstd != nullptr) static_cast<A*>(a.rstd)[r + k] = A(rows[k].saved_rstd);
+    }
+    if (__builtin_expect(!scaled, 1)) {
+        affine_rows<T, kRows, kCentered, kShift, kStream, false>(a, rows, threads);
+    } else {
+        for (int k = 0; k < kRows; ++k) affine_rows<T, 1, kCentered, kShift, kStream, true>(a, rows + k, threads);
+    }
+}
+
+// Rows first..last by the variant that fits the arguments: what does not change within a call is not asked for every
+// element.
 template <class T>
 void rows_forward(const RowsForward& a, int64_t first, int64_t last, int threads) {
-    for (int64_t r = first; r < last; ++r) forward_row<T>(a, r, threads);
+    const auto rows = [&](auto centered, auto residual, auto shift, auto stream) {
+        int64_t r = first;
+        for (; r + kGroup <= last; r += kGroup)
+            forward_group<T, kGroup, centered.value, residual.value, shift.value, stream.value>(a, r, threads);
+        for (; r < last; ++r)
+            forward_group<T, 1, centered.value, residual.value, shift.value, stream.value>(a, r, threads);
+        if (stream.value) end_stream();
+    };
+    choose(rows, a.centered, a.residual.data != nullptr, a.bias.data != nullptr, a.stream);
 }
 
 // --------------------------------------------------------------------------------------------- backward
 
-// xhat = (total * factor - offset) * outer: (total - mean) * rstd, or total * rstd - mean * rstd for rows so wide that
-// the difference could overflow.
-template <class A>
-struct Normalizer {
-    A factor, offset, outer;
+template <class T>
+struct GradientRow {
+    const T *dout, *total, *dtotal;  // dtotal may be null
+    T* dx;
+    Acc<T> mean, rstd;
+    Acc<T> mean_g, mean_g_xhat, slope;  // slope = -mean_g_xhat * rstd
 };
 
-template <class A>
-NORMKIT_INLINE Normalizer<A> normalizer(A mean, A rstd) {
-    // A difference beyond kMax / 2 in a row of up to 2^48 elements means rstd < 2^25 / kMax.
-    if (rstd < 0x1p25 / Types<A>::kMax) return {rstd, mean * rstd, 1};
-    return {1, mean, rstd};
-}
-
-// Sums of g = dout * gain and of g * xhat; adds dout * xhat to dweight and dout to dbias.
-template <class T>
-NORMKIT_BLOCK Sums gradient_block(const T* dout, const T* total, const Acc<T>* gain, Acc<T>* dweight, Acc<T>* dbias,
-                                  int64_t n, Normalizer<Acc<T>> h) {
+// For kRows rows: sums[r] = sums of g = dout * gain and of g * xhat; adds dout * xhat to dweight and dout to dbias.
+// A row's sums have the same bits whatever rows stand beside it.
+template <class T, int kRows, bool kCentered, bool kWeight, bool kBias>
+NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain,
+                                  Acc<T>* dweight, Acc<T>* dbias, Sums* sums) {
     using A = Acc<T>;
-    Vec<A> sum[4] = {}, product[4] = {};
+    const auto dout = each<kRows>([&](int r) { return rows[r].dout + start; });
+    const auto total = each<kRows>([&](int r) { return rows[r].total + start; });
+    const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
+    const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
+    Vec<A> sum[kRows][kChains] = {}, products[kRows][kChains] = {};
     sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        Vec<A> g = load<T>(dout + i, lanes);
-        const Vec<A> xhat = (load<T>(total + i, lanes) * h.factor - h.offset) * h.outer;
-        if (dweight != nullptr) store<A>(dweight + i, load<A>(dweight + i, lanes) + g * xhat, lanes);
-        if (dbias != nullptr) store<A>(dbias + i, load<A>(dbias + i, lanes) + g, lanes);
-        if (gain != nullptr) g *= load<A>(gain + i, lanes);
-        sum[k] += g;
-        product[k] += g * xhat;
+        const Vec<A> gain_i = load<A>(gain + i, lanes);
+        Vec<A> dweight_i = kWeight ? load<A>(dweight + i, lanes) : Vec<A>{};
+        Vec<A> dbias_i = kBias ? load<A>(dbias + i, lanes) : Vec<A>{};
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            const Vec<A> d = load<T>(dout.of[r] + i, lanes), t = load<T>(total.of[r] + i, lanes);
+            const Vec<A> xhat = keep<A>((kCentered ? t - mean.of[r] : t) * rstd.of[r], lanes);
+            if constexpr (kWeight) dweight_i += d * xhat;
+            if constexpr (kBias) dbias_i += d;
+            const Vec<A> g = product(d, gain_i);
+            if constexpr (kCentered) sum[r][k % kChains] += g;
+            products[r][k % kChains] += g * xhat;
+        }
+        if constexpr (kWeight) store<A>(dweight + i, dweight_i, lanes);
+        if constexpr (kBias) store<A>(dbias + i, dbias_i, lanes);
     });
-    return {add_lanes<A>(sum), add_lanes<A>(product)};
+    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes<A>(sum[r]), add_lanes<A>(products[r])};
 }
 
 // dx = rstd * (g - mean_g - xhat * mean_g_xhat) + dtotal, rounded once.
-template <class T>
-NORMKIT_BLOCK void dx_block(const T* dout, const T* total, const T* dtotal, const Acc<T>* gain, T* dx, int64_t n,
-                            Normalizer<Acc<T>> h, Acc<T> rstd, Acc<T> mean_g, Acc<T> mean_g_xhat) {
+template <class T, int kRows, bool kCentered, bool kTotal, bool kStream>
+NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain) {
     using A = Acc<T>;
+    const auto dout = each<kRows>([&](int r) { return rows[r].dout + start; });
+    const auto total = each<kRows>([&](int r) { return rows[r].total + start; });
+    const auto dtotal = each<kRows>([&](int r) { return kTotal ? rows[r].dtotal + start : nullptr; });
+    const auto dx = each<kRows>([&](int r) { return rows[r].dx + start; });
+    const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
+    const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
+    const auto slope = each<kRows>([&](int r) { return splat<A>(rows[r].slope); });
+    const auto mean_g = each<kRows>([&](int r) { return splat<A>(rows[r].mean_g); });
     sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        Vec<A> g = load<T>(dout + i, lanes);
-        const Vec<A> xhat = (load<T>(total + i, lanes) * h.factor - h.offset) * h.outer;
-        if (gain != nullptr) g *= load<A>(gain + i, lanes);
-        Vec<A> v = (g - mean_g - xhat * mean_g_xhat) * rstd;
-        if (dtotal != nullptr) v += load<T>(dtotal + i, lanes);
-        store<T>(dx + i, v, lanes);
+        const Vec<A> gain_i = load<A>(gain + i, lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            Vec<A> v = product(load<T>(dout.of[r] + i, lanes), gain_i), t = load<T>(total.of[r] + i, lanes);
+            if constexpr (kCentered) {
+                v -= mean_g.of[r];
+                t -= mean.of[r];
+            }
+            v = (v + t * slope.of[r]) * rstd.of[r];
+            if constexpr (kTotal) v += load<T>(dtotal.of[r] + i, lanes);
+            store_out<kStream>(dx.of[r] + i, v, lanes);
+        }
     });
 }
 
+// The same two steps where rstd is so small or large that its square, or a difference of two elements, may leave the
+// range: (total * factor - offset) * outer is then total * rstd - mean * rstd, and dx is computed factor by factor.
 template <class T>
-void backward_row(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* dbias, int threads) {
+struct Extreme {
+    const GradientRow<T>& row;
+    Acc<T> factor, offset, outer;
+
+    NORMKIT_INLINE explicit Extreme(const GradientRow<T>& of) : row(of), factor(1), offset(of.mean), outer(of.rstd) {
+        // A difference beyond kMax / 2 in a row of up to 2^48 elements means rstd < 2^25 / kMax.
+        if (of.rstd < 0x1p25 / Types<Acc<T>>::kMax) {
+            factor = of.rstd;
+            offset = of.mean * of.rstd;
+            outer = 1;
+        }
+    }
+    template <class Lanes>
+    NORMKIT_INLINE Vec<Acc<T>> xhat(int64_t i, Lanes lanes) const {
+        return keep<Acc<T>>((load<T>(row.total + i, lanes) * factor - offset) * outer, lanes);
+    }
+    static bool is(Acc<T> rstd) { return !(rstd > Acc<T>(0x1p-50) && rstd < Acc<T>(0x1p50)); }
+};
+
+template <class T>
+NORMKIT_BLOCK void extreme_gradient_block(const GradientRow<T>& row, int64_t start, int64_t n, const Acc<T>* gain,
+                                          Acc<T>* dweight, Acc<T>* dbias, Sums* sums) {
     using A = Acc<T>;
-    const T *dout = row_of<T>(a.dout, r), *total = row_of<T>(a.total, r);
-    const T* dtotal = a.dtotal.data != nullptr ? row_of<T>(a.dtotal, r) : nullptr;
-    const A* gain = a.dx != nullptr ? static_cast<const A*>(a.gain) : nullptr;
-    const A mean = a.mean != nullptr ? static_cast<const A*>(a.mean)[r] : A(0);
-    const A rstd = static_cast<const A*>(a.rstd)[r];
-    const Normalizer<A> h = normalizer<A>(mean, rstd);
-    const Sums sums = sum_blocks(a.size, threads, a.partials, [&](int64_t start, int64_t n) {
-        return gradient_block<T>(dout + start, total + start, gain ? gain + start : nullptr,
-                                 dweight ? dweight + start : nullptr, dbias ? dbias + start : nullptr, n, h);
+    const Extreme<T> extreme(row);
+    Vec<A> sum[kChains] = {}, products[kChains] = {};
+    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        const Vec<A> d = load<T>(row.dout + start + i, lanes), xhat = extreme.xhat(start + i, lanes);
+        if (dweight != nullptr) store<A>(dweight + i, load<A>(dweight + i, lanes) + d * xhat, lanes);
+        if (dbias != nullptr) store<A>(dbias + i, load<A>(dbias + i, lanes) + d, lanes);
+        const Vec<A> g = product(d, load<A>(gain + i, lanes));
+        sum[k % kChains] += g;
+        products[k % kChains] += g * xhat;
+    });
+    *sums = {add_lanes<A>(sum), add_lanes<A>(products)};
+}
+
+template <class T>
+NORMKIT_BLOCK void extreme_dx_block(const GradientRow<T>& row, int64_t start, int64_t n, const Acc<T>* gain) {
+    using A = Acc<T>;
+    const Extreme<T> extreme(row);
+    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Vec<A> g = product(load<T>(row.dout + start + i, lanes), load<A>(gain + i, lanes));
+        Vec<A> v = (g - row.mean_g - extreme.xhat(start + i, lanes) * row.mean_g_xhat) * row.rstd;
+        if (row.dtotal != nullptr) v += load<T>(row.dtotal + start + i, lanes);
+        store<T>(row.dx + start + i, v, lanes);
+    });
+}
+
+template <class T, int kRows, bool kCentered, bool kStream>
+void dx_rows(const RowsBackward& a, const GradientRow<T>* rows, bool extreme, int threads) {
+    for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
+        Acc<T> buffer[kRowBlock];
+        const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffer);
+        if (kRows == 1 && extreme) {
+            extreme_dx_block<T>(rows[0], start, n, gain);
+        } else if (a.dtotal.data != nullptr) {
+            dx_block<T, kRows, kCentered, true, kStream>(rows, start, n, gain);
+        } else {
+            dx_block<T, kRows, kCentered, false, kStream>(rows, start, n, gain);
+        }
+        if (kStream && threads > 1) end_stream();
+    });
+}
+
+// kRows rows from r on; `fresh`: the line of dweight and dbias is not yet set.
+template <class T, int kRows, bool kCentered, bool kWeight, bool kBias, bool kStream>
+void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* dbias, bool fresh, int threads) {
+    using A = Acc<T>;
+    GradientRow<T> rows[kRows];
+    bool extreme = false;
+    for (int k = 0; k < kRows; ++k) {
+        rows[k] = {row_of<T>(a.dout, r + k),
+                   row_of<T>(a.total, r + k),
+                   a.dtotal.data != nullptr ? row_of<T>(a.dtotal, r + k) : nullptr,
+                   a.dx != nullptr ? static_cast<T*>(a.dx) + (r + k) * a.size : nullptr,
+                   kCentered ? static_cast<const A*>(a.mean)[r + k] : A(0),
+                   static_cast<const A*>(a.rstd)[r + k],
+                   0,
+                   0,
+                   0};
+        extreme = extreme || Extreme<T>::is(rows[k].rstd);
+    }
+    if constexpr (kRows > 1) {
+        if (extreme) {
+            for (int k = 0; k < kRows; ++k)
+                backward_group<T, 1, kCentered, kWeight, kBias, kStream>(a, r + k, dweight, dbias, fresh && k == 0,
+                                                                         threads);
+            return;
+        }
+    }
+    Sums sums[kRows] = {};
+    sum_blocks<kRows>(a.size, threads, a.partials, sums, [&](int64_t start, int64_t n, Sums* part) {
+        A buffer[kRowBlock];
+        const A* gain = weight_block<T>(a.weight, a.gain, start, n, buffer);
+        A *dweight_block = kWeight ? dweight + start : nullptr, *dbias_block = kBias ? dbias + start : nullptr;
+        if (kWeight && fresh) memset(dweight_block, 0, size_t(n) * sizeof(A));
+        if (kBias && fresh) memset(dbias_block, 0, size_t(n) * sizeof(A));
+        if (kRows == 1 && extreme) {
+            extreme_gradient_block<T>(rows[0], start, n, gain, dweight_block, dbias_block, part);
+        } else {
+            gradient_block<T, kRows, kCentered, kWeight, kBias>(rows, start, n, gain, dweight_block, dbias_block, part);
+        }
     });
     if (a.dx == nullptr) return;
-    const A mean_g = a.mean != nullptr ? A(sums.first / double(a.size)) : A(0);
-    const A mean_g_xhat = A(sums.second / double(a.size));
-    T* dx = static_cast<T*>(a.dx) + r * a.size;
-    for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
-        dx_block<T>(dout + start, total + start, dtotal ? dtotal + start : nullptr, gain ? gain + start : nullptr,
-                    dx + start, n, h, rstd, mean_g, mean_g_xhat);
-    });
+    for (int k = 0; k < kRows; ++k) {
+        GradientRow<T>& row = rows[k];
+        const double mean_g_xhat = sums[k].second / double(a.size);
+        row.mean_g = kCentered ? A(sums[k].first / double(a.size)) : A(0);
+        row.mean_g_xhat = A(mean_g_xhat);
+        row.slope = A(-mean_g_xhat * double(row.rstd));
+    }
+    dx_rows<T, kRows, kCentered, kStream>(a, rows, extreme, threads);
 }
 
 // Row blocks first..last; each sums its rows, in their order, into its own line of dweight and dbias.
-template <class T>
-void rows_backward(const RowsBackward& a, int64_t first, int64_t last, int threads) {
+template <class T, bool kCentered, bool kWeight, bool kBias, bool kStream>
+void backward_blocks(const RowsBackward& a, int64_t first, int64_t last, int threads) {
     using A = Acc<T>;
     for (int64_t block = first; block < last; ++block) {
-        A* dweight = a.dweight != nullptr ? static_cast<A*>(a.dweight) + block * a.size : nullptr;
-        A* dbias = a.dbias != nullptr ? static_cast<A*>(a.dbias) + block * a.size : nullptr;
-        if (dweight != nullptr) memset(dweight, 0, size_t(a.size) * sizeof(A));
-        if (dbias != nullptr) memset(dbias, 0, size_t(a.size) * sizeof(A));
-        const int64_t end = (block + 1) * a.rows_per_block < a.rows ? (block + 1) * a.rows_per_block : a.rows;
-        for (int64_t r = block * a.rows_per_block; r < end; ++r) backward_row<T>(a, r, dweight, dbias, threads);
+        A* dweight = kWeight ? static_cast<A*>(a.dweight) + block * a.size : nullptr;
+        A* dbias = kBias ? static_cast<A*>(a.dbias) + block * a.size : nullptr;
+        const int64_t start = block * a.rows_per_block;
+        const int64_t end = start + a.rows_per_block < a.rows ? start + a.rows_per_block : a.rows;
+        int64_t r = start;
+        for (; r + kGroup <= end; r += kGroup)
+            backward_group<T, kGroup, kCentered, kWeight, kBias, kStream>(a, r, dweight, dbias, r == start, threads);
+        for (; r < end; ++r)
+            backward_group<T, 1, kCentered, kWeight, kBias, kStream>(a, r, dweight, dbias, r == start, threads);
     }
+    if (kStream) end_stream();
+}
+
+template <class T>
+void rows_backward(const RowsBackward& a, int64_t first, int64_t last, int threads) {
+    choose(
+        [&](auto centered, auto weight, auto bias, auto stream) {
+            backward_blocks<T, centered.value, weight.value, weight.value && bias.value, stream.value>(a, first, last,
+                                                                                                       threads);
+        },
+        a.mean != nullptr, a.dweight != nullptr, a.dbias != nullptr, a.stream);
 }
 
 // The sum of all lines, in their order, in double; columns first..last.
@@ -290,16 +565,6 @@ void sum_lines(const LineSum& a, int64_t first, int64_t last) {
             for (int64_t i = 0; i < n; ++i) sums[i] += double(line[i]);
         for (int64_t i = 0; i < n; ++i) static_cast<A*>(a.out)[start + i] = A(sums[i]);
     }
-}
-
-// weight + offset in the accumulation dtype.
-template <class T>
-void widen(const void* source, double offset, void* target, int64_t n) {
-    using A = Acc<T>;
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        const Vec<A> v = load<T>(static_cast<const T*>(source) + i, lanes) + A(offset);
-        store<A>(static_cast<A*>(target) + i, v, lanes);
-    });
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -7,6 +7,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <fstream>
+#include <string>
+
 #include "core.h"
 
 namespace normkit {
@@ -41,6 +44,33 @@ int useful_threads(int threads, int64_t elements) {
     if (!has_openmp()) return 1;
     const int64_t useful = elements / 16384;
     return useful < 2 ? 1 : useful < threads ? int(useful) : threads;
+}
+
+// Bytes of the first core's cache of this level. From sysfs: sysconf adds up what a virtual machine's processor has in
+// all (320 MiB where one core sees 32).
+static int64_t cache_bytes(int level, int64_t otherwise) {
+    for (int index = 0; index < 8; ++index) {
+        const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+        std::ifstream level_file(folder + "level"), size_file(folder + "size");
+        int found = 0;
+        int64_t size = 0;
+        char unit = 0;
+        if (level_file >> found && found == level && size_file >> size && size > 0)
+            return size_file >> unit && unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size;
+    }
+    return otherwise;
+}
+
+// Whether this many bytes are more than the last cache holds.
+bool beyond_cache(int64_t bytes) {
+    static const int64_t cache = cache_bytes(3, int64_t(32) << 20);
+    return bytes > cache;
+}
+
+// Whether this many bytes, read once, are still in a core's own cache when they are read again.
+bool within_core_cache(int64_t bytes) {
+    static const int64_t cache = cache_bytes(2, int64_t(1) << 20);
+    return bytes <= cache - cache / 8;
 }
 
 // Fresh memory of some MiB comes from mmap page by page.

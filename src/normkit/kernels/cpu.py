@@ -1,4 +1,7 @@
-"""The six primitives on the compiled core: tensors to addresses, strides and dtype codes, one call into C++.
+"""The primitives on the compiled core: tensors to addresses, strides and dtype codes, one call into C++.
+
+Plain contiguous tensors take a shorter way, the whole call in C++ (csrc/calls.cpp); it answers None for the others.
+Both ways run the same kernels, to the same bits.
 
 May import: torch, normkit._core, reference (for the name of a count).
 Read next: csrc/rows.h, the arithmetic; _core.pyi, the signatures.
@@ -6,10 +9,17 @@ Read next: csrc/rows.h, the arithmetic; _core.pyi, the signatures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad, profiler
 
 from normkit.reference import Count
+
+forced: ContextVar[str | None] = ContextVar("normkit_backend", default=None)  # backends.use_backend's; None: automatic
 
 try:
     from normkit import _core
@@ -17,6 +27,36 @@ except ImportError as error:
     _off: str | None = f"the compiled core could not be imported: {error}"
 else:
     _off = None
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):  # since torch 2.10; without it calls.cpp answers None
+        _core.bind_torch(
+            {
+                "exchange_api": Tensor.__dlpack_c_exchange_api__,
+                "Tensor": Tensor,
+                "Parameter": torch.nn.Parameter,
+                "is_grad_enabled": torch.is_grad_enabled,
+                "num_threads": torch.get_num_threads,
+                "empty_like": torch.empty_like,
+                # what forbids a kernel, as backends.transformed() has it, and what wants to see the call
+                "function_modes": torch._C._len_torch_function_stack,
+                "dispatch_modes": torch._C._len_torch_dispatch_stack,
+                "transforms": torch._C._functorch.peek_interpreter_stack,
+                "tracing": torch._C._get_tracing_state,
+                "forward_ad": forward_ad,
+                "profiler": profiler,
+                "forced": forced,
+            }
+        )
+
+
+def _never(*arguments: object) -> None:
+    return None
+
+
+# norm_now(x, residual, normalized_shape, weight, bias, eps, centered, weight_offset): a row norm checked and computed at
+# once; out, or (out, total) with a residual. None where that cannot be: a gradient is wanted, a tracer, transform, mode,
+# profiler or another backend is in force, or an argument is not plain, or wrong. Not a def: the frame would cost 0.1 us
+# of a call that takes 3. Not to be called while torch.compile traces.
+norm_now: Callable[..., Any] = _never if _off else _core.norm_now
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACCUMULATION = {
@@ -103,6 +143,9 @@ def rows_forward(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """`reference.rows_forward`; mean and rstd in the accumulation dtype."""
+    plain = _core.norm_recorded(x, residual, weight, bias, eps, centered, weight_offset)
+    if plain is not None:
+        return plain
     dtype, shape = x.dtype, x.shape
     x, x_rows = _in_rows(x)
     out = _empty_rows(x)
@@ -150,6 +193,9 @@ def rows_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`reference.rows_backward`; what is not needed is not computed."""
+    plain = _core.norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, *needs)
+    if plain is not None:
+        return plain
     dtype, shape = total.dtype, total.shape
     total, total_rows = _in_rows(total)
     dout, dout_rows = _in_rows(dout if dout.dtype == dtype else dout.to(dtype))
@@ -184,6 +230,29 @@ def rows_backward(
 
 
 # ------------------------------------------------------------------------------------------ channels
+
+
+def channels_normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`channels_moments`, the vectors between and `channels_affine` in one call for x (B, C, ...): a channel that fits
+    a core's cache is read from memory once. (out, mean, m2, rstd), the last three in float64; None if x is not plain.
+    """
+    return _core.channels_normalize(x, weight, bias, eps)
+
+
+def channels_normalize_fixed(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """The same with given statistics, in x's accumulation dtype."""
+    return _core.channels_normalize_fixed(x, mean, var, weight, bias, eps)
+
+
+def channels_gradients(
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, count: int, dx: bool, parameters: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """The two backward primitives and the vectors between, for statistics of the batch: (dx, dweight, dbias)."""
+    return _core.channels_gradients(dout, x, mean, rstd, weight, count, dx, parameters)
 
 
 def _in_lines(x: Tensor) -> tuple[Tensor, bool]:

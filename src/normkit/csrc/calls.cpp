@@ -1,0 +1,313 @@
+// Whole calls on torch's tensors, see calls.h.
+// Read next: rows.cpp, channels.cpp.
+#include "calls.h"
+
+#include <float.h>
+
+namespace normkit {
+namespace {
+
+int accumulation_dtype(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+
+// A weight or bias beside x: (D,) or (C,) numbers, contiguous, in x's dtype or its accumulation dtype; or None.
+bool view_weight(nb::handle tensor, int dtype, TensorView* view, Weight* weight) {
+    *weight = {};
+    if (tensor.is_none()) return true;
+    if (!view_tensor(tensor, view) || !view->contiguous()) return false;
+    if (view->dtype != dtype && view->dtype != accumulation_dtype(dtype)) return false;
+    *weight = {view->data(), view->dtype, 0};
+    return true;
+}
+
+// Whether `tensor` ends with `shape`, an int or a tuple of them; *dims is how many there are.
+bool ends_with(const TensorView& tensor, nb::handle shape, int* dims) {
+    PyObject* given = shape.ptr();
+    if (PyLong_CheckExact(given)) {
+        *dims = 1;
+        return tensor.ndim() >= 1 && PyLong_AsLongLong(given) == tensor.size(tensor.ndim() - 1);
+    }
+    if (!PyTuple_Check(given)) return false;
+    *dims = int(PyTuple_GET_SIZE(given));
+    if (*dims < 1 || *dims > tensor.ndim()) return false;
+    for (int i = 0; i < *dims; ++i) {
+        PyObject* size = PyTuple_GET_ITEM(given, i);
+        if (!PyLong_CheckExact(size) || PyLong_AsLongLong(size) != tensor.size(tensor.ndim() - *dims + i)) return false;
+    }
+    return true;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+    if (a.ndim() != b.ndim()) return false;
+    for (int i = 0; i < a.ndim(); ++i)
+        if (a.size(i) != b.size(i)) return false;
+    return true;
+}
+
+StridedRows rows_of(const TensorView& tensor, int64_t size) {
+    return {tensor.data(), int64_t(1) << 62, 0, size};  // one stride: there are fewer rows than that
+}
+
+// What can be read in place here: contiguous, with elements.
+bool view_plain(nb::handle tensor, TensorView* view) {
+    return view_tensor(tensor, view) && view->contiguous() && view->numel() > 0;
+}
+
+// x and residual, for rows of `size` elements.
+bool set_inputs(RowsForward* args, const TensorView& x, nb::handle residual, int64_t size) {
+    args->size = size;
+    args->rows = x.numel() / size;
+    args->x = rows_of(x, size);
+    if (residual.is_none()) return true;
+    TensorView view;
+    if (!view_plain(residual, &view) || view.dtype != x.dtype || !same_shape(x, view)) return false;
+    args->residual = rows_of(view, size);
+    return true;
+}
+
+void* memory_of(nb::handle tensor) {
+    TensorView view;
+    if (!view_tensor(tensor, &view)) throw nb::type_error("normkit: new memory is no plain tensor");
+    return view.data();
+}
+
+void compute(const RowsForward& args, int dtype, int threads) {
+    nb::gil_scoped_release release;
+    rows_forward(args, dtype, threads);
+}
+
+}  // namespace
+
+// out, or (out, total) with a residual, with nothing recorded; None where a gradient is wanted, something is active or
+// an argument is not plain and right: functional.py then finds out what.
+nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_shape, nb::handle weight, nb::handle bias,
+                    nb::handle eps, bool centered, double weight_offset) {
+    TensorView view, weight_view, bias_view;
+    RowsForward args{};
+    int dims = 0;
+    if (!bound() || !nothing_active() || !view_plain(x, &view) || !ends_with(view, normalized_shape, &dims))
+        return nb::none();
+    int64_t size = 1;
+    for (int i = view.ndim() - dims; i < view.ndim(); ++i) size *= view.size(i);
+    if (!set_inputs(&args, view, residual, size)) return nb::none();
+    if (!view_weight(weight, view.dtype, &weight_view, &args.weight)) return nb::none();
+    if (!view_weight(bias, view.dtype, &bias_view, &args.bias)) return nb::none();
+    for (const TensorView* one : {weight.is_none() ? nullptr : &weight_view, bias.is_none() ? nullptr : &bias_view}) {
+        int of = 0;
+        if (one != nullptr && (one->ndim() != dims || !ends_with(*one, normalized_shape, &of))) return nb::none();
+    }
+    if (wants_gradient(x, residual, weight, bias)) return nb::none();
+    if (eps.is_none()) {
+        args.eps = view.dtype == kFloat64 ? DBL_EPSILON : double(FLT_EPSILON);
+    } else {
+        args.eps = PyFloat_CheckExact(eps.ptr()) ? PyFloat_AS_DOUBLE(eps.ptr()) : -1;
+    }
+    if (!(args.eps >= 0)) return nb::none();
+    args.weight.offset = weight_offset;
+    args.centered = centered;
+    const nb::object out = empty_like(x);
+    args.out = memory_of(out);
+    if (residual.is_none()) {
+        compute(args, view.dtype, num_threads());
+        return out;
+    }
+    const nb::object total = empty_like(x);
+    args.total = memory_of(total);
+    compute(args, view.dtype, num_threads());
+    return nb::make_tuple(out, total);
+}
+
+// (out, total, mean, rstd) of rows along the last axis, for a forward that backward will follow.
+nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, double eps,
+                         bool centered, double weight_offset) {
+    TensorView view, weight_view, bias_view, saved;
+    RowsForward args{};
+    if (!bound() || !view_plain(x, &view) || !set_inputs(&args, view, residual, view.size(view.ndim() - 1)))
+        return nb::none();
+    if (!view_weight(weight, view.dtype, &weight_view, &args.weight)) return nb::none();
+    if (!view_weight(bias, view.dtype, &bias_view, &args.bias)) return nb::none();
+    args.weight.offset = weight_offset;
+    args.eps = eps;
+    args.centered = centered;
+    const nb::object out = empty_like(x), total = residual.is_none() ? nb::borrow(x) : empty_like(x);
+    args.out = memory_of(out);
+    args.total = residual.is_none() ? nullptr : memory_of(total);
+    const int dtype = accumulation_dtype(view.dtype), outer = view.ndim() - 1;
+    const nb::object rstd = empty(dtype, outer, view.dl.shape, &saved);
+    args.rstd = saved.data();
+    nb::object mean = nb::none();
+    if (centered) {
+        mean = empty(dtype, outer, view.dl.shape, &saved);
+        args.mean = saved.data();
+    }
+    compute(args, view.dtype, num_threads());
+    return nb::make_tuple(out, total, mean, rstd);
+}
+
+// (dx, dweight, dbias), None for what is not wanted; dweight and dbias in the accumulation dtype.
+nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
+                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias) {
+    TensorView view, other, saved, weight_view;
+    RowsBackward args{};
+    if (!bound() || !view_plain(total, &view)) return nb::none();
+    args.size = view.size(view.ndim() - 1);
+    args.rows = view.numel() / args.size;
+    args.total = rows_of(view, args.size);
+    if (!view_plain(dout, &other) || other.dtype != view.dtype) return nb::none();
+    args.dout = rows_of(other, args.size);
+    if (!dtotal.is_none() && dx) {
+        if (!view_plain(dtotal, &other) || other.dtype != view.dtype) return nb::none();
+        args.dtotal = rows_of(other, args.size);
+    }
+    if (!view_plain(rstd, &saved)) return nb::none();
+    args.rstd = saved.data();
+    if (!mean.is_none()) {
+        if (!view_plain(mean, &saved)) return nb::none();
+        args.mean = saved.data();
+    }
+    if (!view_weight(weight, view.dtype, &weight_view, &args.weight)) return nb::none();
+    args.weight.offset = weight_offset;
+    nb::object results[3] = {nb::none(), nb::none(), nb::none()};
+    RowsBackwardResult sums{};
+    if (dx) {
+        results[0] = empty_like(total);
+        args.dx = memory_of(results[0]);
+    }
+    const int dtype = accumulation_dtype(view.dtype);
+    if (dweight) {
+        results[1] = empty(dtype, 1, &args.size, &saved);
+        sums.dweight = saved.data();
+    }
+    if (dbias) {
+        results[2] = empty(dtype, 1, &args.size, &saved);
+        sums.dbias = saved.data();
+    }
+    const int threads = num_threads();
+    {
+        nb::gil_scoped_release release;
+        rows_backward(args, view.dtype, sums, threads);
+    }
+    return nb::make_tuple(results[0], results[1], results[2]);
+}
+
+// ------------------------------------------------------------------------------------------ channels
+
+namespace {
+
+// x (B, C, ...), dense in one of the two memory formats.
+bool view_channels(nb::handle tensor, TensorView* view, ChannelsShape* shape, Lines* lines) {
+    if (!view_tensor(tensor, view) || view->ndim() < 2 || view->numel() == 0) return false;
+    const int64_t batch = view->size(0), channels = view->size(1), space = view->numel() / batch / channels;
+    shape->batch = batch;
+    shape->channels = channels;
+    shape->space = space;
+    shape->channels_last = space == 1;
+    if (!view->contiguous()) {
+        int64_t expected = channels;
+        if (channels != 1 && view->stride(1) != 1) return false;
+        for (int i = view->ndim() - 1; i >= 0; --i) {
+            if (i == 1) continue;
+            if (view->size(i) != 1 && view->stride(i) != expected) return false;
+            expected *= view->size(i);
+        }
+        shape->channels_last = true;
+    }
+    *lines = {view->data(), channels * space, shape->channels_last ? channels : space};
+    return true;
+}
+
+bool view_per_channel(nb::handle tensor, int64_t channels, TensorView* view) {
+    return view_tensor(tensor, view) && view->ndim() == 1 && view->size(0) == channels && view->contiguous();
+}
+
+bool view_affine(nb::handle weight, nb::handle bias, int64_t channels, int dtype, ChannelsNorm* args) {
+    TensorView view;
+    if (!view_weight(weight, dtype, &view, &args->weight)) return false;
+    if (!weight.is_none() && (view.ndim() != 1 || view.size(0) != channels)) return false;
+    if (!view_weight(bias, dtype, &view, &args->bias)) return false;
+    return bias.is_none() || (view.ndim() == 1 && view.size(0) == channels);
+}
+
+}  // namespace
+
+// (out, mean, m2, rstd) with the batch's own statistics, the last three in float64.
+nb::object channels_normalize(nb::handle x, nb::handle weight, nb::handle bias, double eps) {
+    TensorView view, vector;
+    ChannelsNorm args{};
+    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
+    args.eps = eps;
+    const nb::object out = empty_like(x);
+    args.out = memory_of(out);
+    nb::object vectors[3];
+    double** places[3] = {&args.mean, &args.m2, &args.rstd};
+    for (int i = 0; i < 3; ++i) {
+        vectors[i] = empty(kFloat64, 1, &args.shape.channels, &vector);
+        *places[i] = static_cast<double*>(vector.data());
+    }
+    const int threads = num_threads();
+    {
+        nb::gil_scoped_release release;
+        channels_normalize(args, view.dtype, threads);
+    }
+    return nb::make_tuple(out, vectors[0], vectors[1], vectors[2]);
+}
+
+// out with given mean and var.
+nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight, nb::handle bias,
+                                    double eps) {
+    TensorView view, mean_view, var_view;
+    ChannelsNorm args{};
+    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
+    const int dtype = accumulation_dtype(view.dtype);
+    if (!view_per_channel(mean, args.shape.channels, &mean_view) || mean_view.dtype != dtype) return nb::none();
+    if (!view_per_channel(var, args.shape.channels, &var_view) || var_view.dtype != dtype) return nb::none();
+    args.eps = eps;
+    args.fixed_mean = mean_view.data();
+    args.fixed_var = var_view.data();
+    const nb::object out = empty_like(x);
+    args.out = memory_of(out);
+    const int threads = num_threads();
+    {
+        nb::gil_scoped_release release;
+        channels_normalize(args, view.dtype, threads);
+    }
+    return out;
+}
+
+// (dx, dweight, dbias) where the statistics are the batch's own; the last two in float64, None unless wanted.
+nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
+                              int64_t count, bool dx, bool parameters) {
+    TensorView view, dout_view, mean_view, rstd_view, vector;
+    ChannelsNorm args{};
+    ChannelsShape dout_shape{};
+    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!view_channels(dout, &dout_view, &dout_shape, &args.dout)) return nb::none();
+    if (dout_view.dtype != view.dtype || !same_shape(view, dout_view)) return nb::none();
+    if (dout_shape.channels_last != args.shape.channels_last) return nb::none();
+    if (!view_affine(weight, nb::none(), args.shape.channels, view.dtype, &args)) return nb::none();
+    if (!view_per_channel(mean, args.shape.channels, &mean_view) || mean_view.dtype != kFloat64) return nb::none();
+    if (!view_per_channel(rstd, args.shape.channels, &rstd_view) || rstd_view.dtype != kFloat64) return nb::none();
+    args.count = count;
+    args.mean = static_cast<double*>(mean_view.data());
+    args.rstd = static_cast<double*>(rstd_view.data());
+    nb::object results[3] = {nb::none(), nb::none(), nb::none()};
+    if (dx) {
+        results[0] = empty_like(x);
+        args.out = memory_of(results[0]);
+    }
+    nb::object vectors[2];
+    for (int i = 0; i < 2; ++i) {
+        vectors[i] = empty(kFloat64, 1, &args.shape.channels, &vector);
+        (i == 0 ? args.dweight : args.dbias) = static_cast<double*>(vector.data());
+        if (parameters) results[i + 1] = vectors[i];
+    }
+    const int threads = num_threads();
+    {
+        nb::gil_scoped_release release;
+        channels_gradients(args, view.dtype, threads);
+    }
+    return nb::make_tuple(results[0], results[1], results[2]);
+}
+
+}  // namespace normkit

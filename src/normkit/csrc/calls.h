@@ -1,0 +1,22 @@
+// Whole calls on torch's tensors: views, new memory and kernels in one step, without Python in between. Each answers
+// None where the tensors are not plain; kernels/cpu.py then goes the general way, to the same bits.
+// Read next: calls.cpp.
+#pragma once
+
+#include "tensors.h"
+
+namespace normkit {
+
+nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_shape, nb::handle weight, nb::handle bias,
+                    nb::handle eps, bool centered, double weight_offset);
+nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, double eps,
+                         bool centered, double weight_offset);
+nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
+                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias);
+nb::object channels_normalize(nb::handle x, nb::handle weight, nb::handle bias, double eps);
+nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight, nb::handle bias,
+                                    double eps);
+nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
+                              int64_t count, bool dx, bool parameters);
+
+}  // namespace normkit

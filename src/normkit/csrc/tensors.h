@@ -1,0 +1,62 @@
+// torch's tensors without torch's headers: their memory through DLPack's C exchange API, and torch's own functions for
+// what only torch can say or make. Where this torch has no such API (before 2.10), or a tensor is not plain, there is
+// no view, and the caller takes the way through Python.
+// May include: core.h, CPython, nanobind.
+// Read next: calls.cpp, the calls that go this way.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "core.h"
+
+namespace normkit {
+
+namespace nb = nanobind;
+
+// DLPack 1.x, as in its specification.
+struct DLTensor {
+    void* data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    const int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+// A plain CPU tensor of one of the four dtypes, borrowed for the length of a call.
+struct TensorView {
+    DLTensor dl;
+    int dtype;  // core.h's Dtype
+
+    void* data() const { return static_cast<char*>(dl.data) + dl.byte_offset; }
+    int ndim() const { return dl.ndim; }
+    int64_t size(int i) const { return dl.shape[i]; }
+    int64_t stride(int i) const { return dl.strides[i]; }
+    int64_t numel() const;
+    bool contiguous() const;
+};
+
+// kernels/cpu.py hands torch's functions over once; see there for each of them.
+void bind_torch(nb::dict functions);
+bool bound();
+
+// False: not exactly a Tensor or Parameter, or not plain strided CPU memory of a kernel's dtype.
+bool view_tensor(nb::handle tensor, TensorView* view);
+
+// Whether calls may be computed at once, without record: no gradient is wanted by these tensors, and no mode,
+// transform, tracer, profiler or forced backend is active. None stands for an absent tensor.
+bool nothing_active();
+bool wants_gradient(nb::handle a, nb::handle b, nb::handle c, nb::handle d);
+
+nb::object empty_like(nb::handle tensor);
+// New memory of torch's; the dtypes are core.h's.
+nb::object empty(int dtype, int ndim, const int64_t* shape, TensorView* view);
+
+int num_threads();
+
+}  // namespace normkit

@@ -30,6 +30,7 @@ PRIMITIVES = (
 # What else the compiled core is asked for, and the primitives that this stands for where it takes the call.
 WHOLE_CALLS = (
     (backends, "norm_now", ("rows_forward",)),
+    (backends, "norm_backward_now", ("rows_backward",)),
     (cpu, "channels_normalize", ("channels_moments", "channels_affine")),
     (cpu, "channels_normalize_fixed", ("channels_affine",)),
     (cpu, "channels_gradients", ("channels_backward_moments", "channels_backward_affine")),

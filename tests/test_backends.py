@@ -145,6 +145,7 @@ def test_a_core_that_did_not_build_has_its_reason_and_the_reference_steps_in(
 ) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "the compiled core is missing")
     monkeypatch.setattr(backends, "norm_now", cpu._never)
+    monkeypatch.setattr(backends, "norm_backward_now", cpu._never)
     assert texts() == [
         "cpu (not chosen): the compiled core is missing",
         TRITON_OFF,

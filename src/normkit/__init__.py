@@ -7,7 +7,7 @@ Read next: layers/rows.py, where the walk from a layer to the arithmetic starts.
 import torch as _torch  # first: the compiled core shares the OpenMP runtime that torch brings  # noqa: F401
 
 from normkit import functional
-from normkit.backends import BackendUnavailable, reasons, use_backend
+from normkit.backends import BackendUnavailable, reasons, set_kept_bytes, use_backend
 from normkit.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm, RMSNorm
 from normkit.placement import Placement, PostNorm, PreNorm, Residual, ResidualStack
 
@@ -27,5 +27,6 @@ __all__ = [
     "ResidualStack",
     "functional",
     "reasons",
+    "set_kept_bytes",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ statistics computed again from the input, so that higher derivatives are exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +34,15 @@ def _batched(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+Computed = tuple[Tensor, Tensor, Tensor | None, Tensor]  # out, total, mean, rstd
+
+
 class RowNorm(torch.autograd.Function):
-    """(out, total) of a row norm; total is None without a residual. Saves total, mean, rstd and weight."""
+    """(out, total) of a row norm; total is None without a residual. Saves total, mean, rstd and weight.
+
+    `computed` holds what was computed already, or is None. It comes in a list, since autograd would take a tensor that
+    is both argument and result for a view.
+    """
 
     @staticmethod
     def forward(
@@ -44,49 +52,49 @@ class RowNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        computed: list[Computed] | None,
         eps: float,
         centered: bool,
         weight_offset: float,
     ) -> tuple[Tensor, Tensor | None]:
-        out, total, mean, rstd = backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)
+        if computed is None:
+            out, total, mean, rstd = backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)
+        else:
+            out, total, mean, rstd = computed.pop()
         ctx.save_for_backward(total, mean, rstd, weight)
         ctx.set_materialize_grads(False)
-        if residual is not None and not any(ctx.needs_input_grad[1:3]):
+        ctx.arguments = backend, eps, centered, weight_offset, None if bias is None else bias.dtype
+        if residual is None:
+            return out, None
+        if not any(ctx.needs_input_grad[1:3]):
             ctx.mark_non_differentiable(total)  # x + residual does not depend on weight and bias
-        ctx.backend, ctx.eps, ctx.centered, ctx.weight_offset = backend, eps, centered, weight_offset
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return out, None if residual is None else total
+        return out, total
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         _, x_needs, residual_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
         total, mean, rstd, weight = ctx.saved_tensors
-        dx = dtotal
-        dweight = dbias = None
+        backend, eps, centered, weight_offset, bias_dtype = ctx.arguments
+        needs = (x_needs or residual_needs, weight_needs, bias_needs)
+        dx, dweight, dbias = dtotal, None, None
         if dout is not None:
-            needs = (x_needs or residual_needs, weight_needs, bias_needs)
-            if _differentiated(dout, dtotal):
-                mean, var = reference.rows_moments(total, ctx.centered)
-                mean = None if mean is None else mean.squeeze(-1)
-                rstd = torch.rsqrt(var + ctx.eps).squeeze(-1)
-                rows_backward = reference.rows_backward
-            else:
-                rows_backward = ctx.backend.rows_backward
-            dx, dweight, dbias = rows_backward(dout, dtotal, total, mean, rstd, weight, ctx.weight_offset, needs)
-        if dweight is not None:
+            found = None
+            if backend is backends.CPU and not torch.compiler.is_compiling():
+                found = backends.norm_backward_now(dout, dtotal, total, mean, rstd, weight, weight_offset, *needs)
+            if found is None:
+                rows_backward = backend.rows_backward
+                if _differentiated(dout, dtotal):
+                    mean, var = reference.rows_moments(total, centered)
+                    mean = None if mean is None else mean.squeeze(-1)
+                    rstd = torch.rsqrt(var + eps).squeeze(-1)
+                    rows_backward = reference.rows_backward
+                found = rows_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, needs)
+            dx, dweight, dbias = found
+        if dweight is not None and dweight.dtype != weight.dtype:
             dweight = dweight.to(weight.dtype)
-        if dbias is not None:
-            dbias = dbias.to(ctx.bias_dtype)
-        return (
-            None,
-            dx if x_needs else None,
-            dx if residual_needs else None,
-            dweight,
-            dbias,
-            None,
-            None,
-            None,
-        )
+        if dbias is not None and dbias.dtype != bias_dtype:
+            dbias = dbias.to(bias_dtype)
+        return None, dx if x_needs else None, dx if residual_needs else None, dweight, dbias, None, None, None, None
 
 
 def channel_vectors(
@@ -160,8 +168,8 @@ class ChannelNorm(torch.autograd.Function):
         return (
             None,
             None if dx is None else dx.view(x.shape),
-            dweight.to(weight.dtype) if weight_needs else None,
-            dbias.to(ctx.bias_dtype) if bias_needs else None,
+            dweight.to(weight.dtype) if weight_needs and dweight is not None else None,
+            dbias.to(ctx.bias_dtype) if bias_needs and dbias is not None else None,
             None,
             None,
             None,
@@ -206,8 +214,8 @@ def channel_gradients(
 
 # Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, neither
 # of which reaches a kernel (backends.select), for 1 us of a call that takes 10.
-_apply_row_norm = super(torch.autograd.Function, RowNorm).apply
-_apply_channel_norm = super(torch.autograd.Function, ChannelNorm).apply
+_apply_row_norm: Callable[..., Any] = super(torch.autograd.Function, RowNorm).apply
+_apply_channel_norm: Callable[..., Any] = super(torch.autograd.Function, ChannelNorm).apply
 
 
 def record_row_norm(
@@ -221,8 +229,27 @@ def record_row_norm(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """A row norm that backward will follow: (out, total), total being x without a residual."""
-    out, total = _apply_row_norm(backend, x, residual, weight, bias, eps, centered, weight_offset)
+    out, total = _apply_row_norm(backend, x, residual, weight, bias, None, eps, centered, weight_offset)
     return out, x if total is None else total
+
+
+def _record_computed(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    computed: Computed,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What norm_now returns where it computed and a gradient is wanted."""
+    pair = _apply_row_norm(backends.CPU, x, residual, weight, bias, [computed], eps, centered, weight_offset)
+    only: Tensor = pair[0]
+    return only if residual is None else pair
+
+
+backends.recorders["norm"] = _record_computed
 
 
 def record_channel_norm(

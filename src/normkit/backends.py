@@ -92,6 +92,10 @@ class WholeNorms(Protocol):
         parameters: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 
+    def update_running(
+        self, running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor
+    ) -> bool: ...
+
 
 NAMES = ("cpu", "triton", "reference")
 
@@ -101,7 +105,9 @@ _TRITON_IS_OFF = "this version has no Triton kernels; CUDA tensors take the refe
 
 _forced = cpu.forced
 
-norm_now = cpu.norm_now
+CPU: Backend = cpu
+norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
+recorders, set_kept_bytes = cpu.recorders, cpu.set_kept_bytes
 
 
 class BackendUnavailable(RuntimeError):

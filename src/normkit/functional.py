@@ -431,9 +431,12 @@ def _channel_norm(
         out, mean, m2, rstd = found
         count = x.numel() // x.shape[1]
         if recorded:
+            assert backend is not None
             out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
     if running_mean is not None and running_var is not None:
-        statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
+        update = (running_mean, running_var, momentum, count, mean, m2)
+        if whole is None or not whole.update_running(*update):
+            statistics.update_running(*update)
     return out
 
 

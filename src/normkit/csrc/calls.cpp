@@ -64,21 +64,32 @@ bool set_inputs(RowsForward* args, const TensorView& x, nb::handle residual, int
     return true;
 }
 
-void* memory_of(nb::handle tensor) {
-    TensorView view;
-    if (!view_tensor(tensor, &view)) throw nb::type_error("normkit: new memory is no plain tensor");
-    return view.data();
-}
-
 void compute(const RowsForward& args, int dtype, int threads) {
     nb::gil_scoped_release release;
     rows_forward(args, dtype, threads);
 }
 
+// (out, total, mean, rstd) of rows along the last axis of x.
+nb::object recorded(RowsForward args, const TensorView& view, nb::handle x) {
+    TensorView saved;
+    const nb::object out = empty_like(x, view, &args.out);
+    const nb::object total = args.residual.data == nullptr ? nb::borrow(x) : empty_like(x, view, &args.total);
+    const int dtype = accumulation_dtype(view.dtype), outer = view.ndim() - 1;
+    const nb::object rstd = empty(dtype, outer, view.dl.shape, &saved);
+    args.rstd = saved.data();
+    nb::object mean = nb::none();
+    if (args.centered) {
+        mean = empty(dtype, outer, view.dl.shape, &saved);
+        args.mean = saved.data();
+    }
+    compute(args, view.dtype, num_threads());
+    return nb::make_tuple(out, total, mean, rstd);
+}
+
 }  // namespace
 
-// out, or (out, total) with a residual, with nothing recorded; None where a gradient is wanted, something is active or
-// an argument is not plain and right: functional.py then finds out what.
+// out, or (out, total) with a residual; None where something is active or an argument is not plain and right:
+// functional.py then finds out what. Where a gradient is wanted, autograd.py records what was computed.
 nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_shape, nb::handle weight, nb::handle bias,
                     nb::handle eps, bool centered, double weight_offset) {
     TensorView view, weight_view, bias_view;
@@ -95,7 +106,6 @@ nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_sha
         int of = 0;
         if (one != nullptr && (one->ndim() != dims || !ends_with(*one, normalized_shape, &of))) return nb::none();
     }
-    if (wants_gradient(x, residual, weight, bias)) return nb::none();
     if (eps.is_none()) {
         args.eps = view.dtype == kFloat64 ? DBL_EPSILON : double(FLT_EPSILON);
     } else {
@@ -104,14 +114,17 @@ nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_sha
     if (!(args.eps >= 0)) return nb::none();
     args.weight.offset = weight_offset;
     args.centered = centered;
-    const nb::object out = empty_like(x);
-    args.out = memory_of(out);
+    if (wants_gradient(x, residual, weight, bias)) {
+        if (dims != 1) return nb::none();  // backward sees one normalized axis: functional.py folds them
+        const nb::object computed = recorded(args, view, x);
+        return record_norm(x, residual, weight, bias, computed, args.eps, centered, weight_offset);
+    }
+    const nb::object out = empty_like(x, view, &args.out);
     if (residual.is_none()) {
         compute(args, view.dtype, num_threads());
         return out;
     }
-    const nb::object total = empty_like(x);
-    args.total = memory_of(total);
+    const nb::object total = empty_like(x, view, &args.total);
     compute(args, view.dtype, num_threads());
     return nb::make_tuple(out, total);
 }
@@ -119,7 +132,7 @@ nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_sha
 // (out, total, mean, rstd) of rows along the last axis, for a forward that backward will follow.
 nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, double eps,
                          bool centered, double weight_offset) {
-    TensorView view, weight_view, bias_view, saved;
+    TensorView view, weight_view, bias_view;
     RowsForward args{};
     if (!bound() || !view_plain(x, &view) || !set_inputs(&args, view, residual, view.size(view.ndim() - 1)))
         return nb::none();
@@ -128,19 +141,7 @@ nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, n
     args.weight.offset = weight_offset;
     args.eps = eps;
     args.centered = centered;
-    const nb::object out = empty_like(x), total = residual.is_none() ? nb::borrow(x) : empty_like(x);
-    args.out = memory_of(out);
-    args.total = residual.is_none() ? nullptr : memory_of(total);
-    const int dtype = accumulation_dtype(view.dtype), outer = view.ndim() - 1;
-    const nb::object rstd = empty(dtype, outer, view.dl.shape, &saved);
-    args.rstd = saved.data();
-    nb::object mean = nb::none();
-    if (centered) {
-        mean = empty(dtype, outer, view.dl.shape, &saved);
-        args.mean = saved.data();
-    }
-    compute(args, view.dtype, num_threads());
-    return nb::make_tuple(out, total, mean, rstd);
+    return recorded(args, view, x);
 }
 
 // (dx, dweight, dbias), None for what is not wanted; dweight and dbias in the accumulation dtype.
@@ -169,8 +170,7 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
     nb::object results[3] = {nb::none(), nb::none(), nb::none()};
     RowsBackwardResult sums{};
     if (dx) {
-        results[0] = empty_like(total);
-        args.dx = memory_of(results[0]);
+        results[0] = empty_like(total, view, &args.dx);
     }
     const int dtype = accumulation_dtype(view.dtype);
     if (dweight) {
@@ -187,6 +187,13 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
         rows_backward(args, view.dtype, sums, threads);
     }
     return nb::make_tuple(results[0], results[1], results[2]);
+}
+
+// The same, unless this backward is itself recorded, or something is active.
+nb::object norm_backward_now(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
+                             nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias) {
+    if (!bound() || records_gradient() || !nothing_traced()) return nb::none();
+    return norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, dx, dweight, dbias);
 }
 
 // ------------------------------------------------------------------------------------------ channels
@@ -236,8 +243,7 @@ nb::object channels_normalize(nb::handle x, nb::handle weight, nb::handle bias, 
     if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
     if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
     args.eps = eps;
-    const nb::object out = empty_like(x);
-    args.out = memory_of(out);
+    const nb::object out = empty_like(x, view, &args.out);
     nb::object vectors[3];
     double** places[3] = {&args.mean, &args.m2, &args.rstd};
     for (int i = 0; i < 3; ++i) {
@@ -265,8 +271,7 @@ nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle va
     args.eps = eps;
     args.fixed_mean = mean_view.data();
     args.fixed_var = var_view.data();
-    const nb::object out = empty_like(x);
-    args.out = memory_of(out);
+    const nb::object out = empty_like(x, view, &args.out);
     const int threads = num_threads();
     {
         nb::gil_scoped_release release;
@@ -293,8 +298,7 @@ nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb
     args.rstd = static_cast<double*>(rstd_view.data());
     nb::object results[3] = {nb::none(), nb::none(), nb::none()};
     if (dx) {
-        results[0] = empty_like(x);
-        args.out = memory_of(results[0]);
+        results[0] = empty_like(x, view, &args.out);
     }
     nb::object vectors[2];
     for (int i = 0; i < 2; ++i) {
@@ -308,6 +312,22 @@ nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb
         channels_gradients(args, view.dtype, threads);
     }
     return nb::make_tuple(results[0], results[1], results[2]);
+}
+
+// True: the running statistics were updated, in place. The caller tells autograd.
+bool update_running(nb::handle running_mean, nb::handle running_var, double momentum, int64_t count, nb::handle mean,
+                    nb::handle m2) {
+    TensorView means, variances, mean_view, m2_view;
+    if (!bound() || !view_tensor(mean, &mean_view) || mean_view.ndim() != 1 || mean_view.dtype != kFloat64)
+        return false;
+    const int64_t channels = mean_view.size(0);
+    if (!view_per_channel(m2, channels, &m2_view) || m2_view.dtype != kFloat64) return false;
+    if (!view_per_channel(running_mean, channels, &means) || !view_per_channel(running_var, channels, &variances))
+        return false;
+    if (means.dtype != variances.dtype || (means.dtype != kFloat32 && means.dtype != kFloat64)) return false;
+    update_running(means.data(), variances.data(), means.dtype, channels, momentum, count,
+                   static_cast<const double*>(mean_view.data()), static_cast<const double*>(m2_view.data()));
+    return true;
 }
 
 }  // namespace normkit

@@ -183,8 +183,9 @@ void reduce_and_apply(ChannelsReduction reduction, ChannelsAffine apply, int dty
             merge(reduction, 0, c, c + 1);
             whole(c, c + 1);
             if (apply.out == nullptr) continue;
-            for (int64_t b = 0; b < shape.batch; ++b)
-                kernel(apply, (b * channels + c) * pieces, (b * channels + c + 1) * pieces);
+            ChannelsAffine one = apply;
+            one.channel = c;
+            kernel(one, 0, shape.batch * pieces);
         }
     });
 }
@@ -267,6 +268,17 @@ void channels_gradients(const ChannelsNorm& args, int dtype, int threads) {
     };
     reduce_and_apply(reduction, apply, dtype, threads, 3, kernels().channels_backward_moments[dtype],
                      kernels().merge_sums, vectors, kernels().channels_backward_affine[dtype]);
+}
+
+void update_running(void* running_mean, void* running_var, int dtype, int64_t channels, double momentum, int64_t count,
+                    const double* mean, const double* m2) {
+    if (count == 0) return;
+    Vector means(running_mean, dtype), variances(running_var, dtype);
+    const double divisor = count > 1 ? double(count - 1) : 1;
+    for (int64_t c = 0; c < channels; ++c) {
+        means.set(c, means[c] + momentum * (mean[c] - means[c]));
+        variances.set(c, variances[c] + momentum * (m2[c] / divisor - variances[c]));
+    }
 }
 
 }  // namespace normkit

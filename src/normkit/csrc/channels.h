@@ -60,8 +60,11 @@ NORMKIT_BLOCK Sums plane_deviations(const ChannelsReduction& a, const PlaneBlock
     Vec<A> sum[4] = {}, square[4] = {};
     for (int64_t b = 0; b < at.samples; ++b) {
         const T* x = line_at<T>(a.x, at.sample + b, at.channel) + at.start;
+        const T* next =
+            b + 1 < at.samples ? x + a.x.batch_stride : x;  // far off: nothing else would ask for it in time
         const uint8_t* mask = at.mask(a.shape, b);
         sweep<A>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+            prefetch<T>(next, i, k);
             Vec<A> d = load<T>(x + i, lanes) - center;
             d = mask != nullptr ? where_valid<A>(mask + i, d, lanes) : keep<A>(d, lanes);
             sum[k] += d;
@@ -93,17 +96,28 @@ NORMKIT_BLOCK Moments wide_plane_moments(const ChannelsReduction& a, const Plane
     });
 }
 
-// Deviations from the block's own rounded mean, in cache by then; their sum corrects both results.
+// One pass about a center that a sample of the block gives, as for rows (rows.h, set_statistics): where the sample's
+// mean lies more than a standard deviation off, a second one about the mean itself.
 template <class T>
 Moments plane_moments(const ChannelsReduction& a, const PlaneBlock& at) {
     using A = Acc<T>;
+    constexpr int64_t kSample = 128;
     const double count = a.counts[at.group * a.cut.blocks + at.block];
     if (count == 0) return {0, 0};
-    const A mean = A(plane_deviations<T>(a, at, A(0)).first / count);
-    const Sums d = plane_deviations<T>(a, at, mean);
-    const double delta = d.first / count, m2 = d.second - delta * d.first;
+    PlaneBlock sample = at;
+    sample.samples = 1;
+    sample.n = least(at.n, kSample);
+    A center = A(plane_deviations<T>(a, sample, A(0)).first / double(sample.n));
+    Sums d = plane_deviations<T>(a, at, center);
+    double delta = d.first / count, m2 = d.second - delta * d.first;
+    if (delta * d.first > m2) {
+        center = A(double(center) + delta);
+        d = plane_deviations<T>(a, at, center);
+        delta = d.first / count;
+        m2 = d.second - delta * d.first;
+    }
     if (!finite(m2)) return wide_plane_moments<T>(a, at, count);
-    return {double(mean) + delta, m2 > 0 ? m2 : 0};
+    return {double(center) + delta, m2 > 0 ? m2 : 0};
 }
 
 // ------------------------------------------------------------------------------------- moments, channels-last
@@ -140,8 +154,8 @@ struct Tile {
     }
 };
 
-// Sums per column of d = x - center and, with `square`, of d^2, over kRows lines. Four at a time halve the traffic of
-// the sums and shorten the chain of additions. The sums' arrays have room for whole vectors.
+// Sums per column of d = x - center and, with `square`, of d^2, over kRows lines. Eight at a time save most of the
+// traffic of the sums and shorten the chain of additions. The sums' arrays have room for whole vectors.
 template <class T, int kRows>
 NORMKIT_INLINE void add_deviations(const T* const* x, int64_t width, const Acc<T>* center, Acc<T>* sum,
                                    Acc<T>* square) {
@@ -160,26 +174,44 @@ NORMKIT_INLINE void add_deviations(const T* const* x, int64_t width, const Acc<T
 }
 
 template <class T>
-NORMKIT_BLOCK void tile_deviations(const Tile<T>& tile, const Acc<T>* center, Acc<T>* sum, Acc<T>* square) {
+NORMKIT_BLOCK void tile_deviations(const Tile<T>& tile, int rows, const Acc<T>* center, Acc<T>* sum, Acc<T>* square) {
     int r = 0;
-    for (; r + 4 <= tile.rows; r += 4) add_deviations<T, 4>(tile.x + r, tile.width, center, sum, square);
-    for (; r < tile.rows; ++r) add_deviations<T, 1>(tile.x + r, tile.width, center, sum, square);
+    for (; r + 8 <= rows; r += 8) add_deviations<T, 8>(tile.x + r, tile.width, center, sum, square);
+    for (; r < rows; ++r) add_deviations<T, 1>(tile.x + r, tile.width, center, sum, square);
+}
+
+// Deviations from `center` become mean and m2. False: a center lies more than a standard deviation from its mean.
+template <class A>
+bool set_tile_moments(const A* center, const A* sum, const A* square, int64_t width, double count, double* mean,
+                      double* m2) {
+    bool near = true;
+    for (int64_t i = 0; i < width; ++i) {
+        const double delta = double(sum[i]) / count, between = delta * double(sum[i]);
+        mean[i] = double(center[i]) + delta;
+        m2[i] = double(square[i]) - between;
+        near = near && !(between > m2[i]);
+        if (m2[i] < 0) m2[i] = 0;
+    }
+    return near;
 }
 
 template <class T>
 void tile_moments(const ChannelsReduction& a, const Tile<T>& tile) {
     using A = Acc<T>;
+    constexpr int kSampleRows = 16;
     double *mean = a.first + tile.result(a), *m2 = a.second + tile.result(a);
     const double count = tile.rows > 0 ? tile.rows : 1;
-    A center[kTile] = {}, sum[kTile] = {}, square[kTile] = {}, rest[kTile] = {};
-    tile_deviations<T>(tile, center, sum, nullptr);
-    for (int64_t i = 0; i < tile.width; ++i) center[i] = A(sum[i] / A(count));
-    tile_deviations<T>(tile, center, rest, square);
-    for (int64_t i = 0; i < tile.width; ++i) {
-        const double delta = double(rest[i]) / count;
-        mean[i] = double(center[i]) + delta;
-        m2[i] = double(square[i]) - delta * double(rest[i]);
-        if (m2[i] < 0) m2[i] = 0;
+    const int sampled = tile.rows < kSampleRows ? tile.rows : kSampleRows;
+    A center[kTile] = {}, sum[kTile] = {}, square[kTile] = {};
+    tile_deviations<T>(tile, sampled, center, sum, nullptr);
+    for (int64_t i = 0; i < tile.width; ++i) center[i] = sum[i] / A(sampled > 0 ? sampled : 1);
+    for (int64_t i = 0; i < kTile; ++i) sum[i] = 0;
+    tile_deviations<T>(tile, tile.rows, center, sum, square);
+    if (!set_tile_moments<A>(center, sum, square, tile.width, count, mean, m2)) {
+        for (int64_t i = 0; i < tile.width; ++i) center[i] = A(mean[i]);
+        for (int64_t i = 0; i < kTile; ++i) sum[i] = square[i] = 0;
+        tile_deviations<T>(tile, tile.rows, center, sum, square);
+        set_tile_moments<A>(center, sum, square, tile.width, count, mean, m2);
     }
     for (int64_t i = 0; i < tile.width; ++i) {
         if (finite(m2[i])) continue;
@@ -233,9 +265,13 @@ NORMKIT_BLOCK Sums plane_gradients(const ChannelsReduction& a, const PlaneBlock&
     for (int64_t b = 0; b < at.samples; ++b) {
         const T* x = line_at<T>(a.x, at.sample + b, at.channel) + at.start;
         const T* dout = line_at<T>(a.dout, at.sample + b, at.channel) + at.start;
+        const bool more = b + 1 < at.samples;
+        const T *next_x = more ? x + a.x.batch_stride : x, *next_dout = more ? dout + a.dout.batch_stride : dout;
         const A center = values_at<A>(a.center, at.sample + b)[at.channel];
         const uint8_t* mask = at.mask(a.shape, b);
         sweep<A>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+            prefetch<T>(next_x, i, k);
+            prefetch<T>(next_dout, i, k);
             Vec<A> d = load<T>(dout + i, lanes);
             Vec<A> p = d * (load<T>(x + i, lanes) - center);
             if (mask != nullptr) {
@@ -273,7 +309,7 @@ NORMKIT_BLOCK void tile_gradients(const ChannelsReduction& a, const Tile<T>& til
     using A = Acc<T>;
     A sum[kTile] = {}, product[kTile] = {};
     int r = 0;
-    for (; r + 4 <= tile.rows; r += 4) add_gradients<T, 4>(a, tile, r, sum, product);
+    for (; r + 8 <= tile.rows; r += 8) add_gradients<T, 8>(a, tile, r, sum, product);
     for (; r < tile.rows; ++r) add_gradients<T, 1>(a, tile, r, sum, product);
     for (int64_t i = 0; i < tile.width; ++i) {
         a.first[tile.result(a) + i] = double(sum[i]);
@@ -348,16 +384,19 @@ NORMKIT_BLOCK void backward_affine_line(const T* dout, const T* x, T* out, int64
     });
 }
 
-// line(b, middle, start, n, mask, out) for the pieces first..last of all lines, a piece being kSpaceBlock elements of
-// one. `mask` is that of a channels-first piece; an invalid channels-last line is set to 0 here.
+// line(b, middle, start, n, mask, out) for the pieces first..last of all lines (of one channel, if a.channel names it),
+// a piece being kSpaceBlock elements of one. `mask` is that of a channels-first piece; an invalid channels-last line is
+// set to 0 here.
 template <class T, class Line>
 NORMKIT_INLINE void for_lines(const ChannelsAffine& a, int64_t first, int64_t last, const Line& line) {
     const ChannelsShape& shape = a.shape;
-    const int64_t middles = shape.channels_last ? shape.space : shape.channels;
+    const bool one = a.channel >= 0;
+    const int64_t middles = shape.channels_last ? shape.space : one ? a.channel + 1 : shape.channels;
     const int64_t size = shape.channels_last ? shape.channels : shape.space;
     const int64_t pieces = (size + kSpaceBlock - 1) / kSpaceBlock;
     if (first == last) return;
-    int64_t start = first % pieces * kSpaceBlock, middle = first / pieces % middles, b = first / pieces / middles;
+    int64_t start = first % pieces * kSpaceBlock, b = one ? first / pieces : first / pieces / middles;
+    int64_t middle = one ? a.channel : first / pieces % middles;
     for (int64_t piece = first; piece < last; ++piece) {
         const int64_t n = least(kSpaceBlock, size - start);
         T* out = static_cast<T*>(a.out) + b * a.out_batch_stride + middle * a.out_line_stride + start;
@@ -371,7 +410,7 @@ NORMKIT_INLINE void for_lines(const ChannelsAffine& a, int64_t first, int64_t la
         if (start < size) continue;
         start = 0;
         if (++middle < middles) continue;
-        middle = 0;
+        middle = one ? a.channel : 0;
         ++b;
     }
 }

@@ -111,7 +111,8 @@ struct ChannelsAffine {
     ChannelValues a, b, c;               // backward: a * dout + b * (x - center) + c; without b, a * dout
     void* out;
     int64_t out_batch_stride, out_line_stride;
-    bool stream;  // out is written past the caches, where its lines are aligned
+    bool stream;           // out is written past the caches, where its lines are aligned
+    int64_t channel = -1;  // channels-first: only this one's lines are meant; -1: all of them
 };
 
 // A whole normalization by channels, and its gradients: moments, vectors and affine in one call. x, dout and out are
@@ -170,5 +171,8 @@ void channels_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_normalize(const ChannelsNorm& args, int dtype, int threads);
 void channels_gradients(const ChannelsNorm& args, int dtype, int threads);
+// statistics.update_running on (C,) vectors: running of one dtype, float32 or float64, mean and m2 in float64.
+void update_running(void* running_mean, void* running_var, int dtype, int64_t channels, double momentum, int64_t count,
+                    const double* mean, const double* m2);
 
 }  // namespace normkit

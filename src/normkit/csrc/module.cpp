@@ -8,6 +8,7 @@
 #include <string>
 
 #include "calls.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 
@@ -157,6 +158,12 @@ NB_MODULE(_core, m) {
     m.def("norm_recorded", &norm_recorded, none, none, none, none, nb::arg(), nb::arg(), nb::arg());
     m.def("norm_backward", &norm_backward, none, none, none, none, none, none, nb::arg(), nb::arg(), nb::arg(),
           nb::arg());
+    m.def("norm_backward_now", &norm_backward_now, none, none, none, none, none, none, nb::arg(), nb::arg(), nb::arg(),
+          nb::arg());
+    m.def("update_running",
+          nb::overload_cast<nb::handle, nb::handle, double, int64_t, nb::handle, nb::handle>(&update_running));
+    m.def("set_block_limit", &set_block_limit);
+    m.def("kept_bytes", &kept_bytes);
     m.def("channels_normalize", nb::overload_cast<nb::handle, nb::handle, nb::handle, double>(&channels_normalize),
           none, none, none, nb::arg());
     m.def("channels_normalize_fixed", &channels_normalize_fixed, none, none, none, none, none, nb::arg());

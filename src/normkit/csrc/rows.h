@@ -81,6 +81,26 @@ void widen(const void* source, double offset, void* target, int64_t n) {
     });
 }
 
+// write(start, n, results, offset) for elements start..start+n of kRows rows, where results[r] + offset is the place of
+// what element `start` of row r becomes: rows[r] itself, or, for half types that are streamed, a buffer in cache from
+// which whole lines are streamed.
+template <class T, int kRows, bool kStream, class Write>
+NORMKIT_INLINE void write_rows(T* const (&rows)[kRows], int64_t start, int64_t n, const Write& write) {
+    if constexpr (kStream && sizeof(T) < sizeof(Acc<T>)) {
+        constexpr int64_t kStage = 512;  // 4 rows of it and what they are made of stay in the first cache
+        T stage[kRows][kStage];
+        T* stages[kRows];
+        for (int r = 0; r < kRows; ++r) stages[r] = stage[r];
+        for (int64_t i = start; i < start + n; i += kStage) {
+            const int64_t m = start + n - i < kStage ? start + n - i : kStage;
+            write(i, m, stages, int64_t(0));
+            for (int r = 0; r < kRows; ++r) stream_copy<T>(stage[r], rows[r] + i, m);
+        }
+    } else {
+        write(start, n, rows, start);
+    }
+}
+
 // Elements start..start+n of a weight: out of `wide`, or widened into `buffer`.
 template <class T>
 NORMKIT_INLINE const Acc<T>* weight_block(const Weight& weight, const void* wide, int64_t start, int64_t n,
@@ -138,8 +158,9 @@ void choose(const Call& call, bool condition, Conditions... rest) {
 // of the standard deviation from a center of 1e4, std 1 in float32.
 template <class T>
 struct NormRow {
-    const T *x, *residual;  // once total is written, x is the total
-    T *total, *out;         // total is null without a residual
+    const T *x, *residual;            // once total is written, x is the total
+    T *total, *out;                   // total is null without a residual
+    const T *next_x, *next_residual;  // the row that comes to this place next
     Acc<T> scale, center, offset, rstd;
     double mean, saved_rstd, var;
 };
@@ -262,20 +283,24 @@ NORMKIT_BLOCK void rescue(const RowsForward& a, NormRow<T>& row, int threads) {
 }
 
 // out = ((x * scale - center) * rstd + offset) * gain + shift.
-template <class T, int kRows, bool kCentered, bool kShift, bool kStream, bool kScaled>
+template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream, bool kScaled>
 NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain,
-                                const Acc<T>* shift) {
+                                const Acc<T>* shift, T* const* results, int64_t offset_in_results) {
     using A = Acc<T>;
     const auto x = each<kRows>([&](int r) { return rows[r].x + start; });
-    const auto out = each<kRows>([&](int r) { return rows[r].out + start; });
+    const auto out = each<kRows>([&](int r) { return results[r] + offset_in_results; });
+    const auto next_x = each<kRows>([&](int r) { return rows[r].next_x + start; });
+    const auto next_residual = each<kRows>([&](int r) { return kResidual ? rows[r].next_residual + start : nullptr; });
     const auto center = each<kRows>([&](int r) { return splat<A>(rows[r].center); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
     const auto offset = each<kRows>([&](int r) { return splat<A>(rows[r].offset); });
     const A scale = rows[0].scale;
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
         const Vec<A> gain_i = load<A>(gain + i, lanes), shift_i = kShift ? load<A>(shift + i, lanes) : Vec<A>{};
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
+            prefetch<T>(next_x.of[r], i, k);
+            if constexpr (kResidual) prefetch<T>(next_residual.of[r], i, k);
             Vec<A> v = load<T>(x.of[r] + i, lanes);
             if constexpr (kScaled) v *= scale;
             v = kCentered ? (v - center.of[r]) * rstd.of[r] + offset.of[r] : v * rstd.of[r];
@@ -285,25 +310,34 @@ NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n
     });
 }
 
-template <class T, int kRows, bool kCentered, bool kShift, bool kStream, bool kScaled>
+template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream, bool kScaled>
 void affine_rows(const RowsForward& a, const NormRow<T>* rows, int threads) {
+    T* outs[kRows];
+    for (int r = 0; r < kRows; ++r) outs[r] = rows[r].out;
     for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
         Acc<T> buffers[2][kRowBlock];
         const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffers[0]);
         const Acc<T>* shift = kShift ? weight_block<T>(a.bias, a.shift, start, n, buffers[1]) : nullptr;
-        affine_block<T, kRows, kCentered, kShift, kStream, kScaled>(rows, start, n, gain, shift);
+        write_rows<T, kRows, kStream>(outs, start, n, [&](int64_t i, int64_t m, T* const* results, int64_t at) {
+            affine_block<T, kRows, kCentered, kResidual, kShift, kStream, kScaled>(
+                rows, i, m, gain + (i - start), kShift ? shift + (i - start) : nullptr, results, at);
+        });
         if (kStream && threads > 1) end_stream();
     });
 }
 
-// kRows rows from r on.
+// kRows rows from r on. Writing them, it asks for the rows that follow: their reading would else wait for memory while
+// nothing is computed (up to `last`, the end of this thread's).
 template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream>
-void forward_group(const RowsForward& a, int64_t r, int threads) {
+void forward_group(const RowsForward& a, int64_t r, int64_t last, int threads) {
     using A = Acc<T>;
     NormRow<T> rows[kRows];
     for (int k = 0; k < kRows; ++k) {
         rows[k].x = row_of<T>(a.x, r + k);
         rows[k].residual = kResidual ? row_of<T>(a.residual, r + k) : nullptr;
+        const int64_t next = r + k + kRows < last ? r + k + kRows : r + k;
+        rows[k].next_x = row_of<T>(a.x, next);
+        rows[k].next_residual = kResidual ? row_of<T>(a.residual, next) : nullptr;
         rows[k].total = kResidual ? static_cast<T*>(a.total) + (r + k) * a.size : nullptr;
         rows[k].out = static_cast<T*>(a.out) + (r + k) * a.size;
         rows[k].scale = 1;
@@ -318,9 +352,10 @@ void forward_group(const RowsForward& a, int64_t r, int threads) {
         if (a.rstd != nullptr) static_cast<A*>(a.rstd)[r + k] = A(rows[k].saved_rstd);
     }
     if (__builtin_expect(!scaled, 1)) {
-        affine_rows<T, kRows, kCentered, kShift, kStream, false>(a, rows, threads);
+        affine_rows<T, kRows, kCentered, kResidual, kShift, kStream, false>(a, rows, threads);
     } else {
-        for (int k = 0; k < kRows; ++k) affine_rows<T, 1, kCentered, kShift, kStream, true>(a, rows + k, threads);
+        for (int k = 0; k < kRows; ++k)
+            affine_rows<T, 1, kCentered, kResidual, kShift, kStream, true>(a, rows + k, threads);
     }
 }
 
@@ -331,9 +366,9 @@ void rows_forward(const RowsForward& a, int64_t first, int64_t last, int threads
     const auto rows = [&](auto centered, auto residual, auto shift, auto stream) {
         int64_t r = first;
         for (; r + kGroup <= last; r += kGroup)
-            forward_group<T, kGroup, centered.value, residual.value, shift.value, stream.value>(a, r, threads);
+            forward_group<T, kGroup, centered.value, residual.value, shift.value, stream.value>(a, r, last, threads);
         for (; r < last; ++r)
-            forward_group<T, 1, centered.value, residual.value, shift.value, stream.value>(a, r, threads);
+            forward_group<T, 1, centered.value, residual.value, shift.value, stream.value>(a, r, last, threads);
         if (stream.value) end_stream();
     };
     choose(rows, a.centered, a.residual.data != nullptr, a.bias.data != nullptr, a.stream);
@@ -345,6 +380,7 @@ template <class T>
 struct GradientRow {
     const T *dout, *total, *dtotal;  // dtotal may be null
     T* dx;
+    const T *next_dout, *next_total;  // of the row that comes to this place next
     Acc<T> mean, rstd;
     Acc<T> mean_g, mean_g_xhat, slope;  // slope = -mean_g_xhat * rstd
 };
@@ -357,6 +393,7 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
     using A = Acc<T>;
     const auto dout = each<kRows>([&](int r) { return rows[r].dout + start; });
     const auto total = each<kRows>([&](int r) { return rows[r].total + start; });
+    const auto next_dout = each<kRows>([&](int r) { return rows[r].next_dout + start; });
     const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
     Vec<A> sum[kRows][kChains] = {}, products[kRows][kChains] = {};
@@ -366,6 +403,7 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
         Vec<A> dbias_i = kBias ? load<A>(dbias + i, lanes) : Vec<A>{};
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
+            prefetch<T>(next_dout.of[r], i, k);
             const Vec<A> d = load<T>(dout.of[r] + i, lanes), t = load<T>(total.of[r] + i, lanes);
             const Vec<A> xhat = keep<A>((kCentered ? t - mean.of[r] : t) * rstd.of[r], lanes);
             if constexpr (kWeight) dweight_i += d * xhat;
@@ -382,20 +420,23 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
 
 // dx = rstd * (g - mean_g - xhat * mean_g_xhat) + dtotal, rounded once.
 template <class T, int kRows, bool kCentered, bool kTotal, bool kStream>
-NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain) {
+NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain, T* const* results,
+                            int64_t offset_in_results) {
     using A = Acc<T>;
     const auto dout = each<kRows>([&](int r) { return rows[r].dout + start; });
     const auto total = each<kRows>([&](int r) { return rows[r].total + start; });
     const auto dtotal = each<kRows>([&](int r) { return kTotal ? rows[r].dtotal + start : nullptr; });
-    const auto dx = each<kRows>([&](int r) { return rows[r].dx + start; });
+    const auto dx = each<kRows>([&](int r) { return results[r] + offset_in_results; });
+    const auto next_total = each<kRows>([&](int r) { return rows[r].next_total + start; });
     const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
     const auto slope = each<kRows>([&](int r) { return splat<A>(rows[r].slope); });
     const auto mean_g = each<kRows>([&](int r) { return splat<A>(rows[r].mean_g); });
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
         const Vec<A> gain_i = load<A>(gain + i, lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
+            prefetch<T>(next_total.of[r], i, k);
             Vec<A> v = product(load<T>(dout.of[r] + i, lanes), gain_i), t = load<T>(total.of[r] + i, lanes);
             if constexpr (kCentered) {
                 v -= mean_g.of[r];
@@ -461,16 +502,19 @@ NORMKIT_BLOCK void extreme_dx_block(const GradientRow<T>& row, int64_t start, in
 
 template <class T, int kRows, bool kCentered, bool kStream>
 void dx_rows(const RowsBackward& a, const GradientRow<T>* rows, bool extreme, int threads) {
+    T* dxs[kRows];
+    for (int r = 0; r < kRows; ++r) dxs[r] = rows[r].dx;
     for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
         Acc<T> buffer[kRowBlock];
         const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffer);
-        if (kRows == 1 && extreme) {
-            extreme_dx_block<T>(rows[0], start, n, gain);
-        } else if (a.dtotal.data != nullptr) {
-            dx_block<T, kRows, kCentered, true, kStream>(rows, start, n, gain);
-        } else {
-            dx_block<T, kRows, kCentered, false, kStream>(rows, start, n, gain);
-        }
+        if (kRows == 1 && extreme) return extreme_dx_block<T>(rows[0], start, n, gain);
+        write_rows<T, kRows, kStream>(dxs, start, n, [&](int64_t i, int64_t m, T* const* results, int64_t at) {
+            if (a.dtotal.data != nullptr) {
+                dx_block<T, kRows, kCentered, true, kStream>(rows, i, m, gain + (i - start), results, at);
+            } else {
+                dx_block<T, kRows, kCentered, false, kStream>(rows, i, m, gain + (i - start), results, at);
+            }
+        });
         if (kStream && threads > 1) end_stream();
     });
 }
@@ -482,15 +526,16 @@ void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* d
     GradientRow<T> rows[kRows];
     bool extreme = false;
     for (int k = 0; k < kRows; ++k) {
-        rows[k] = {row_of<T>(a.dout, r + k),
-                   row_of<T>(a.total, r + k),
-                   a.dtotal.data != nullptr ? row_of<T>(a.dtotal, r + k) : nullptr,
-                   a.dx != nullptr ? static_cast<T*>(a.dx) + (r + k) * a.size : nullptr,
-                   kCentered ? static_cast<const A*>(a.mean)[r + k] : A(0),
-                   static_cast<const A*>(a.rstd)[r + k],
-                   0,
-                   0,
-                   0};
+        GradientRow<T>& row = rows[k];
+        const int64_t next = r + k + kRows < a.rows ? r + k + kRows : r + k;
+        row.dout = row_of<T>(a.dout, r + k);
+        row.total = row_of<T>(a.total, r + k);
+        row.dtotal = a.dtotal.data != nullptr ? row_of<T>(a.dtotal, r + k) : nullptr;
+        row.dx = a.dx != nullptr ? static_cast<T*>(a.dx) + (r + k) * a.size : nullptr;
+        row.next_dout = row_of<T>(a.dout, next);
+        row.next_total = row_of<T>(a.total, next);
+        row.mean = kCentered ? static_cast<const A*>(a.mean)[r + k] : A(0);
+        row.rstd = static_cast<const A*>(a.rstd)[r + k];
         extreme = extreme || Extreme<T>::is(rows[k].rstd);
     }
     if constexpr (kRows > 1) {

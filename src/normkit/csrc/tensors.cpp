@@ -2,12 +2,35 @@
 // Read next: calls.cpp.
 #include "tensors.h"
 
-#include <string.h>
+#include "memory.h"
 
 namespace normkit {
 namespace {
 
-struct ManagedTensor;  // DLManagedTensorVersioned: only handed on
+constexpr int kMostDims = 8;  // of a tensor in a block; torch makes the others
+
+struct ManagedTensor {  // DLManagedTensorVersioned
+    struct {
+        uint32_t major, minor;
+    } version;
+    void* context;
+    void (*deleter)(ManagedTensor*);
+    uint64_t flags;
+    DLTensor dl;
+};
+
+// A tensor whose memory is a block, which goes back when the tensor does.
+struct BlockTensor {
+    ManagedTensor managed;
+    Block block;
+    int64_t sizes[2 * kMostDims];
+
+    static void drop(ManagedTensor* managed) {
+        auto* tensor = static_cast<BlockTensor*>(managed->context);
+        give_block(tensor->block);
+        delete tensor;
+    }
+};
 
 struct ExchangeApi {
     struct {
@@ -27,7 +50,7 @@ struct Torch {
     const ExchangeApi* api;
     PyTypeObject *tensor, *parameter;
     PyObject *is_grad_enabled, *dispatch_modes, *function_modes, *transforms, *tracing, *num_threads, *empty_like;
-    PyObject *forward_ad, *profiler, *forced;
+    PyObject *forward_ad, *profiler, *forced, *recorders;
     PyObject *is_neg, *requires_grad, *level, *profiling, *get;  // names
 } torch;
 
@@ -100,6 +123,7 @@ void bind_torch(nb::dict functions) {
     torch.forward_ad = take("forward_ad");
     torch.profiler = take("profiler");
     torch.forced = take("forced");
+    torch.recorders = take("recorders");
     torch.is_neg = PyUnicode_InternFromString("is_neg");
     torch.requires_grad = PyUnicode_InternFromString("requires_grad");
     torch.level = PyUnicode_InternFromString("_current_level");
@@ -133,25 +157,60 @@ bool view_tensor(nb::handle tensor, TensorView* view) {
     return !is_true(PyObject_CallMethodNoArgs(tensor.ptr(), torch.is_neg));
 }
 
+bool nothing_traced() {
+    return number(call(torch.dispatch_modes)) == 0 && is_none(call(torch.transforms)) && is_none(call(torch.tracing)) &&
+           number(PyObject_GetAttr(torch.forward_ad, torch.level)) < 0;
+}
+
 bool nothing_active() {
-    return number(call(torch.function_modes)) == 0 && number(call(torch.dispatch_modes)) == 0 &&
-           is_none(call(torch.transforms)) && is_none(call(torch.tracing)) &&
-           number(PyObject_GetAttr(torch.forward_ad, torch.level)) < 0 &&
+    return number(call(torch.function_modes)) == 0 && nothing_traced() &&
            !is_true(PyObject_GetAttr(torch.profiler, torch.profiling)) &&
            allows_cpu(PyObject_CallMethodNoArgs(torch.forced, torch.get));
 }
 
+bool records_gradient() { return is_true(call(torch.is_grad_enabled)); }
+
 bool wants_gradient(nb::handle a, nb::handle b, nb::handle c, nb::handle d) {
-    if (!is_true(call(torch.is_grad_enabled))) return false;
+    if (!records_gradient()) return false;
     for (const nb::handle tensor : {a, b, c, d})
         if (!tensor.is_none() && is_true(PyObject_GetAttr(tensor.ptr(), torch.requires_grad))) return true;
     return false;
 }
 
-nb::object empty_like(nb::handle tensor) {
-    PyObject* made = PyObject_CallOneArg(torch.empty_like, tensor.ptr());
-    if (made == nullptr) throw nb::python_error();
-    return nb::steal(made);
+nb::object record_norm(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, nb::handle computed,
+                       double eps, bool centered, double weight_offset) {
+    const nb::object recorder = nb::borrow(torch.recorders)["norm"];
+    return recorder(x, residual, weight, bias, computed, eps, centered, weight_offset);
+}
+
+nb::object empty_like(nb::handle tensor, const TensorView& view, void** data) {
+    const int64_t bytes = view.numel() * (view.dl.dtype.bits / 8);
+    const Block block = bytes < kLeastBlock || view.ndim() > kMostDims ? Block{} : take_block(bytes);
+    if (block.data == nullptr) {
+        PyObject* made = PyObject_CallOneArg(torch.empty_like, tensor.ptr());
+        if (made == nullptr) throw nb::python_error();
+        TensorView made_view;
+        if (torch.api->view(made, &made_view.dl) != 0) throw nb::python_error();
+        *data = made_view.data();
+        return nb::steal(made);
+    }
+    auto* made = new BlockTensor{};
+    made->block = block;
+    made->managed.version = {1, 0};
+    made->managed.context = made;
+    made->managed.deleter = BlockTensor::drop;
+    made->managed.dl = view.dl;
+    made->managed.dl.data = block.data;
+    made->managed.dl.byte_offset = 0;
+    const int dims = view.ndim();
+    for (int i = 0; i < dims; ++i) made->sizes[i] = view.size(i);
+    for (int i = 0; i < dims; ++i) made->sizes[dims + i] = view.stride(i);
+    made->managed.dl.shape = made->sizes;
+    made->managed.dl.strides = made->sizes + dims;
+    void* object = nullptr;
+    if (torch.api->to_python(&made->managed, &object) != 0) throw nb::python_error();
+    *data = block.data;
+    return nb::steal(static_cast<PyObject*>(object));
 }
 
 nb::object empty(int dtype, int ndim, const int64_t* shape, TensorView* view) {

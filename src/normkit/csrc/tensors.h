@@ -48,12 +48,18 @@ bool bound();
 // False: not exactly a Tensor or Parameter, or not plain strided CPU memory of a kernel's dtype.
 bool view_tensor(nb::handle tensor, TensorView* view);
 
-// Whether calls may be computed at once, without record: no gradient is wanted by these tensors, and no mode,
-// transform, tracer, profiler or forced backend is active. None stands for an absent tensor.
+// Whether no tracer, transform or dispatch mode is active; and besides no function mode, profiler or other backend.
+bool nothing_traced();
 bool nothing_active();
-bool wants_gradient(nb::handle a, nb::handle b, nb::handle c, nb::handle d);
+bool records_gradient();
+bool wants_gradient(nb::handle a, nb::handle b, nb::handle c, nb::handle d);  // None stands for an absent tensor
 
-nb::object empty_like(nb::handle tensor);
+// autograd.py's record_computed: a row norm that was computed becomes a node of the graph.
+nb::object record_norm(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, nb::handle computed,
+                       double eps, bool centered, double weight_offset);
+
+// New memory of the tensor's shape, dtype and memory format, and where it lies. Large ones are blocks of memory.h.
+nb::object empty_like(nb::handle tensor, const TensorView& view, void** data);
 // New memory of torch's; the dtypes are core.h's.
 nb::object empty(int dtype, int ndim, const int64_t* shape, TensorView* view);
 

@@ -9,8 +9,11 @@ Read next: csrc/rows.h, the arithmetic; _core.pyi, the signatures.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.autograd import forward_ad, profiler
 
 from normkit.reference import Count
 
+recorders: dict[str, Callable[..., Any]] = {}  # autograd.py's, for calls.cpp
 forced: ContextVar[str | None] = ContextVar("normkit_backend", default=None)  # backends.use_backend's; None: automatic
 
 try:
@@ -44,6 +48,7 @@ else:
                 "forward_ad": forward_ad,
                 "profiler": profiler,
                 "forced": forced,
+                "recorders": recorders,
             }
         )
 
@@ -52,11 +57,13 @@ def _never(*arguments: object) -> None:
     return None
 
 
-# norm_now(x, residual, normalized_shape, weight, bias, eps, centered, weight_offset): a row norm checked and computed at
-# once; out, or (out, total) with a residual. None where that cannot be: a gradient is wanted, a tracer, transform, mode,
-# profiler or another backend is in force, or an argument is not plain, or wrong. Not a def: the frame would cost 0.1 us
-# of a call that takes 3. Not to be called while torch.compile traces.
+# norm_now(x, residual, normalized_shape, weight, bias, eps, centered, weight_offset): a row norm checked and computed
+# at once, and recorded where a gradient is wanted; out, or (out, total) with a residual. None where that cannot be: a
+# tracer, transform, mode, profiler or another backend is in force, or an argument is not plain, or wrong. Not to be
+# called while torch.compile traces. norm_backward_now is `rows_backward` in the same way. No defs: a frame would cost
+# 0.1 us of a call that takes 3.
 norm_now: Callable[..., Any] = _never if _off else _core.norm_now
+norm_backward_now: Callable[..., Any] = _never if _off else _core.norm_backward_now
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACCUMULATION = {
@@ -82,6 +89,58 @@ def isa() -> str:
 def openmp() -> bool:
     """Whether the core was built with threads."""
     return _core.openmp()
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+_MOST_KEPT_BYTES = 1 << 30  # what (4096, 4096) float32 in training uses four times over
+
+
+def default_kept_bytes() -> int:
+    """NORMKIT_KEPT_BYTES, or else a sixteenth of this machine's (or container's) memory, at most 1 GiB."""
+    given = os.environ.get("NORMKIT_KEPT_BYTES", "")
+    if given:
+        if given.isdecimal():
+            return int(given)
+        warnings.warn(
+            f"NORMKIT_KEPT_BYTES: expected a number of bytes, got {given!r}; taking the default", stacklevel=2
+        )
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        memory = min(memory, int(group)) if group.isdecimal() else memory
+    except (AttributeError, OSError, ValueError):  # Windows; no control groups
+        memory = 0 if os.name != "posix" else memory
+    return min(memory // 16, _MOST_KEPT_BYTES)
+
+
+def set_kept_bytes(limit: int) -> int:
+    """Keep at most `limit` bytes of large results' memory for the next ones; returns the limit before.
+
+    Freed results of 4 MiB and more are kept up to the limit, since the first touch of fresh memory takes longer than
+    the normalization: (4096, 4096) float32 took 2 to 3 times as long without. What is kept and does not fit the next
+    result is given back before new memory is taken. 0 keeps nothing and gives everything back.
+
+    Args:
+        limit: bytes, zero or positive; at first a sixteenth of the machine's (or container's) memory, at most 1 GiB,
+            or the environment variable NORMKIT_KEPT_BYTES.
+
+    Raises:
+        ValueError: the limit is negative.
+
+    Example:
+        >>> import normkit
+        >>> before = normkit.set_kept_bytes(0)
+        >>> normkit.set_kept_bytes(before)
+        0
+    """
+    if limit < 0:
+        raise ValueError(f"set_kept_bytes: limit must be zero or positive, got {limit}; 0 keeps nothing")
+    return 0 if _off else _core.set_block_limit(limit)
+
+
+if not _off:
+    set_kept_bytes(default_kept_bytes())
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -253,6 +312,16 @@ def channels_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
     """The two backward primitives and the vectors between, for statistics of the batch: (dx, dweight, dbias)."""
     return _core.channels_gradients(dout, x, mean, rstd, weight, count, dx, parameters)
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor
+) -> bool:
+    """`statistics.update_running` where the vectors are plain, in 1 us instead of 20; False where they are not."""
+    if not _core.update_running(running_mean, running_var, momentum, count, mean, m2):
+        return False
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return True
 
 
 def _in_lines(x: Tensor) -> tuple[Tensor, bool]:

@@ -232,6 +232,23 @@ def check_large_mean_costs_nothing(norms: Any) -> None:
     assert_exact_enough(norms.layer_norm(x, (257,)), exact, None, "layer_norm at mean 1e4")
 
 
+def check_a_start_unlike_the_rest(norms: Any) -> None:
+    """Where the first elements say nothing of the others, statistics about a centre sampled there lose nothing."""
+    row = normal((3, 2**17), 15)
+    row[:, :128] += 1e3
+    row[1] *= 1e-3
+    x = row.float()
+    exact = Oracle(x.dtype).layer_norm(x.double(), (2**17,))
+    assert_exact_enough(norms.layer_norm(x, (2**17,)), exact, None, "layer_norm of a row that starts elsewhere")
+    planes = normal((2, 3, 8192), 16)
+    planes[:, :, :128] += 1e3
+    for layout in ("contiguous", "channels-last"):
+        x = LAYOUTS[layout](planes.float())
+        exact = Oracle(x.dtype).batch_norm(x.double(), None, None, training=True)
+        found = norms.batch_norm(x, None, None, training=True)
+        assert_exact_enough(found, exact, None, f"batch_norm of {layout} planes that start elsewhere")
+
+
 def check_large_values(norms: Any) -> None:
     """A finite row never overflows, though the squares of its values do."""
     for dtype, scale in ((torch.float32, 1e30), (torch.float32, 3e37), (torch.bfloat16, 1e30), (torch.float16, 1e4)):
@@ -360,6 +377,7 @@ CHECKS = {
     "rows alone": _rows_alone,
     "large mean": check_large_mean,
     "large mean costs nothing": check_large_mean_costs_nothing,
+    "a start unlike the rest": check_a_start_unlike_the_rest,
     "large values": check_large_values,
     "not finite": _not_finite,
     "running statistics": lambda norms: check_running_statistics(norms, momentum=0.1, steps=20),

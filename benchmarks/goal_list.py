@@ -160,7 +160,8 @@ def row_layers(measured: Measured) -> list[Goal]:
             cells = [cell for cell in measured.where("rows", wanted) if cell["direction"] == direction]
             measured.judged |= {results.label(cell) for cell in cells}
             checks = _at_least(cells, results.fastest_peer_us, limit)
-            goals.append(Goal(f"{title}, {direction}", f"peer / layer >= {limit}", checks))
+            notes = [f"{cell['norm']}, {note}" for cell in cells if (note := _machinery(cell))]
+            goals.append(Goal(f"{title}, {direction}", f"peer / layer >= {limit}", checks, notes))
     return goals
 
 

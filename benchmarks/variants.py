@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import kernels
 import onnx_peer
 import torch
-from cells import LINE, ONE, QKV, Cell
+from cells import LINE, ONE, QKV, SMALL, Cell
 from torch import Tensor
 
 import normkit
@@ -125,7 +125,7 @@ def _row_peers(cell: Cell, rows: Rows, ours: torch.nn.Module, theirs: torch.nn.M
     if cell.direction == "forward" and onnx_peer.supported(cell.norm, rows.x, ours.weight):
         bias = getattr(theirs, "bias", None)
         calls["onnx"] = onnx_peer.forward(cell.norm, rows.x, rows.residual, theirs.weight, bias, EPS)
-    if cell.direction == "forward+backward" and cell.shape == ONE and rows.residual is None:
+    if cell.direction == "forward+backward" and cell.shape in (ONE, SMALL) and rows.residual is None:
         calls["empty_function"] = _empty_function(cell, rows, theirs)
     return calls
 

@@ -273,3 +273,15 @@ def test_gradients_of_nothing_are_zeros(name: str, shape: tuple[int, ...], backe
     for key, value in gradients(norm, functional, inputs, make_douts(norm, inputs)).items():
         assert value.shape == inputs[key].shape
         assert not value.any(), f"d{key} of an empty batch: {value}"
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_second_derivatives_reach_an_input_that_kernels_must_copy(name: str, backend: str) -> None:
+    """A transposed x is saved itself, not its contiguous copy, which no derivative could pass."""
+    values = normal((8, 6), 21)
+    second = []
+    for function in (getattr(functional, name), getattr(torch.nn.functional, name)):
+        x = values.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(x.t(), (8,), eps=1e-5).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
+    torch.testing.assert_close(second[0], second[1], rtol=1e-9, atol=1e-9)

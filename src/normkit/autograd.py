@@ -61,7 +61,8 @@ class RowNorm(torch.autograd.Function):
             out, total, mean, rstd = backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)
         else:
             out, total, mean, rstd = computed.pop()
-        ctx.save_for_backward(total, mean, rstd, weight)
+        # x itself, not the copy that a kernel may have made of it: a derivative of backward goes through what is saved
+        ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
         ctx.set_materialize_grads(False)
         ctx.arguments = backend, eps, centered, weight_offset, None if bias is None else bias.dtype
         if residual is None:
@@ -212,8 +213,8 @@ def channel_gradients(
     return dx, sum_d_xhat, sum_d
 
 
-# Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, neither
-# of which reaches a kernel (backends.select), for 1 us of a call that takes 10.
+# Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, for 1 us
+# of a call that takes 10. Used where the kernels have read the tensors' memory, and nothing was left to unwrap.
 _apply_row_norm: Callable[..., Any] = super(torch.autograd.Function, RowNorm).apply
 _apply_channel_norm: Callable[..., Any] = super(torch.autograd.Function, ChannelNorm).apply
 
@@ -229,7 +230,9 @@ def record_row_norm(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """A row norm that backward will follow: (out, total), total being x without a residual."""
-    out, total = _apply_row_norm(backend, x, residual, weight, bias, None, eps, centered, weight_offset)
+    out, total = RowNorm.apply(  # type: ignore[no-untyped-call]
+        backend, x, residual, weight, bias, None, eps, centered, weight_offset
+    )
     return out, x if total is None else total
 
 

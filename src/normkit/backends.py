@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit import reference
-from normkit.kernels import cpu
+from normkit.kernels import cpu, memory
 from normkit.reference import Count
 
 
@@ -107,7 +107,7 @@ _forced = cpu.forced
 
 CPU: Backend = cpu
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
-recorders, set_kept_bytes = cpu.recorders, cpu.set_kept_bytes
+recorders, set_kept_bytes = cpu.recorders, memory.set_kept_bytes
 
 
 class BackendUnavailable(RuntimeError):

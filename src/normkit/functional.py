@@ -71,7 +71,7 @@ def layer_norm(
             like for weight, bias and eps.
         TypeError: x is no tensor, or has no floating-point dtype.
 
-    Numerics: statistics in float32 (float64 for float64) by two passes over data in cache, one rounding at the
+    Numerics: statistics in float32 (float64 for float64), deviations from the mean squared, one rounding at the
         end. A finite row never overflows on the compiled core, where torch's gives NaN beyond 1e19 in float32. A
         row that holds inf or NaN becomes NaN, as in torch; a constant row becomes `bias`. Rows are bit-identical
         whatever the batch size and the number of threads. Under CUDA autocast x is normalized in float32.
@@ -416,8 +416,9 @@ def _channel_norm(
             if out is not None:
                 return out
         dtype = accumulation_dtype(x.dtype)
+        wide = dtype if whole is None else torch.float64  # as channels_normalize_fixed: the same bits with a record
         # a copy: the buffers may be updated in place between this forward and its backward
-        mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(dtype) + eps)
+        mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
         return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
     found = None if whole is None else whole.channels_normalize(x, weight, bias, eps)
     if found is None:

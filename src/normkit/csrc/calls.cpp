@@ -22,17 +22,19 @@ bool view_weight(nb::handle tensor, int dtype, TensorView* view, Weight* weight)
 // Whether `tensor` ends with `shape`, an int or a tuple of them; *dims is how many there are.
 bool ends_with(const TensorView& tensor, nb::handle shape, int* dims) {
     PyObject* given = shape.ptr();
+    const auto is = [&](PyObject* size, int axis) {
+        int overflow = 0;
+        return PyLong_CheckExact(size) && PyLong_AsLongLongAndOverflow(size, &overflow) == tensor.size(axis);
+    };
     if (PyLong_CheckExact(given)) {
         *dims = 1;
-        return tensor.ndim() >= 1 && PyLong_AsLongLong(given) == tensor.size(tensor.ndim() - 1);
+        return tensor.ndim() >= 1 && is(given, tensor.ndim() - 1);
     }
     if (!PyTuple_Check(given)) return false;
     *dims = int(PyTuple_GET_SIZE(given));
     if (*dims < 1 || *dims > tensor.ndim()) return false;
-    for (int i = 0; i < *dims; ++i) {
-        PyObject* size = PyTuple_GET_ITEM(given, i);
-        if (!PyLong_CheckExact(size) || PyLong_AsLongLong(size) != tensor.size(tensor.ndim() - *dims + i)) return false;
-    }
+    for (int i = 0; i < *dims; ++i)
+        if (!is(PyTuple_GET_ITEM(given, i), tensor.ndim() - *dims + i)) return false;
     return true;
 }
 
@@ -153,34 +155,41 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
     args.size = view.size(view.ndim() - 1);
     args.rows = view.numel() / args.size;
     args.total = rows_of(view, args.size);
-    if (!view_plain(dout, &other) || other.dtype != view.dtype) return nb::none();
+    // What was saved may come back changed: by saved_tensors_hooks, or a weight whose data was replaced.
+    if (!view_plain(dout, &other) || other.dtype != view.dtype || !same_shape(view, other)) return nb::none();
     args.dout = rows_of(other, args.size);
     if (!dtotal.is_none() && dx) {
-        if (!view_plain(dtotal, &other) || other.dtype != view.dtype) return nb::none();
+        if (!view_plain(dtotal, &other) || other.dtype != view.dtype || !same_shape(view, other)) return nb::none();
         args.dtotal = rows_of(other, args.size);
     }
-    if (!view_plain(rstd, &saved)) return nb::none();
+    const int dtype = accumulation_dtype(view.dtype);
+    const auto view_saved = [&](nb::handle tensor) {
+        return view_plain(tensor, &saved) && saved.dtype == dtype && saved.numel() == args.rows;
+    };
+    if (!view_saved(rstd)) return nb::none();
     args.rstd = saved.data();
     if (!mean.is_none()) {
-        if (!view_plain(mean, &saved)) return nb::none();
+        if (!view_saved(mean)) return nb::none();
         args.mean = saved.data();
     }
     if (!view_weight(weight, view.dtype, &weight_view, &args.weight)) return nb::none();
+    if (!weight.is_none() && weight_view.numel() != args.size) return nb::none();
     args.weight.offset = weight_offset;
     nb::object results[3] = {nb::none(), nb::none(), nb::none()};
     RowsBackwardResult sums{};
     if (dx) {
         results[0] = empty_like(total, view, &args.dx);
     }
-    const int dtype = accumulation_dtype(view.dtype);
-    if (dweight) {
-        results[1] = empty(dtype, 1, &args.size, &saved);
-        sums.dweight = saved.data();
-    }
-    if (dbias) {
-        results[2] = empty(dtype, 1, &args.size, &saved);
-        sums.dbias = saved.data();
-    }
+    // These become a parameter's .grad: torch's own memory, where the dtype will not be changed anyway.
+    const bool like_weight = !weight.is_none() && weight_view.dtype == dtype && weight_view.ndim() == 1;
+    const auto parameter_gradient = [&](void** data) {
+        if (like_weight) return empty_like(weight, weight_view, data);
+        nb::object made = empty(dtype, 1, &args.size, &saved);
+        *data = saved.data();
+        return made;
+    };
+    if (dweight) results[1] = parameter_gradient(&sums.dweight);
+    if (dbias) results[2] = parameter_gradient(&sums.dbias);
     const int threads = num_threads();
     {
         nb::gil_scoped_release release;

@@ -275,9 +275,13 @@ void update_running(void* running_mean, void* running_var, int dtype, int64_t ch
     if (count == 0) return;
     Vector means(running_mean, dtype), variances(running_var, dtype);
     const double divisor = count > 1 ? double(count - 1) : 1;
+    // As torch.lerp: from the nearer end, so that nothing of the batch is lost in a large old value.
+    const auto between = [&](double old, double batch) {
+        return momentum < 0.5 ? old + momentum * (batch - old) : batch - (batch - old) * (1 - momentum);
+    };
     for (int64_t c = 0; c < channels; ++c) {
-        means.set(c, means[c] + momentum * (mean[c] - means[c]));
-        variances.set(c, variances[c] + momentum * (m2[c] / divisor - variances[c]));
+        means.set(c, between(means[c], mean[c]));
+        variances.set(c, between(variances[c], m2[c] / divisor));
     }
 }
 

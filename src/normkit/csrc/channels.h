@@ -180,19 +180,22 @@ NORMKIT_BLOCK void tile_deviations(const Tile<T>& tile, int rows, const Acc<T>* 
     for (; r < rows; ++r) add_deviations<T, 1>(tile.x + r, tile.width, center, sum, square);
 }
 
-// Deviations from `center` become mean and m2. False: a center lies more than a standard deviation from its mean.
+// Deviations from `center` become mean and m2, in the columns that are `far`; of these stay those whose center lies
+// more than a standard deviation from the mean. True: one does.
 template <class A>
-bool set_tile_moments(const A* center, const A* sum, const A* square, int64_t width, double count, double* mean,
-                      double* m2) {
-    bool near = true;
+bool set_tile_moments(const A* center, const A* sum, const A* square, int64_t width, double count, bool* far,
+                      double* mean, double* m2) {
+    bool any = false;
     for (int64_t i = 0; i < width; ++i) {
+        if (!far[i]) continue;
         const double delta = double(sum[i]) / count, between = delta * double(sum[i]);
         mean[i] = double(center[i]) + delta;
         m2[i] = double(square[i]) - between;
-        near = near && !(between > m2[i]);
+        far[i] = between > m2[i];
+        any = any || far[i];
         if (m2[i] < 0) m2[i] = 0;
     }
-    return near;
+    return any;
 }
 
 template <class T>
@@ -207,11 +210,13 @@ void tile_moments(const ChannelsReduction& a, const Tile<T>& tile) {
     for (int64_t i = 0; i < tile.width; ++i) center[i] = sum[i] / A(sampled > 0 ? sampled : 1);
     for (int64_t i = 0; i < kTile; ++i) sum[i] = 0;
     tile_deviations<T>(tile, tile.rows, center, sum, square);
-    if (!set_tile_moments<A>(center, sum, square, tile.width, count, mean, m2)) {
+    bool far[kTile];
+    memset(far, 1, sizeof far);
+    if (set_tile_moments<A>(center, sum, square, tile.width, count, far, mean, m2)) {
         for (int64_t i = 0; i < tile.width; ++i) center[i] = A(mean[i]);
         for (int64_t i = 0; i < kTile; ++i) sum[i] = square[i] = 0;
         tile_deviations<T>(tile, tile.rows, center, sum, square);
-        set_tile_moments<A>(center, sum, square, tile.width, count, mean, m2);
+        set_tile_moments<A>(center, sum, square, tile.width, count, far, mean, m2);
     }
     for (int64_t i = 0; i < tile.width; ++i) {
         if (finite(m2[i])) continue;

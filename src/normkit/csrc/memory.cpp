@@ -4,6 +4,7 @@
 #include <mutex>
 #include <vector>
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #else
 #include <stdlib.h>
@@ -22,7 +23,13 @@ struct Kept {
     int64_t limit = 0;
 };
 Kept& kept() {
-    static Kept* const all = new Kept;
+    static Kept* const all = [] {
+#ifdef __linux__
+        // A child of fork gets the mutex free, whoever held it.
+        pthread_atfork([] { kept().mutex.lock(); }, [] { kept().mutex.unlock(); }, [] { kept().mutex.unlock(); });
+#endif
+        return new Kept;
+    }();
     return *all;
 }
 
@@ -65,12 +72,13 @@ void shrink(Kept& all, int64_t bytes) {
 
 }  // namespace
 
-// The mutex is only tried: in a child of fork it may be held by a thread that is not there.
+// The mutex is only tried: two threads that come at once are no reason for one to wait.
 Block take_block(int64_t bytes) {
     bytes = (bytes + kPage - 1) / kPage * kPage;
     Kept& all = kept();
     const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
     if (lock.owns_lock()) {
+        if (all.limit == 0) return {nullptr, 0};  // nothing is kept: torch's own memory will do
         // The newest that fits with less than a quarter over: its pages are the likeliest to be in a cache.
         for (size_t i = all.blocks.size(); i-- > 0;) {
             const Block block = all.blocks[i];

@@ -15,7 +15,7 @@ struct Block {
     int64_t bytes;
 };
 
-Block take_block(int64_t bytes);  // data is null where the system has no more memory
+Block take_block(int64_t bytes);  // data is null where nothing may be kept, or the system has no more memory
 void give_block(Block block);
 int64_t set_block_limit(int64_t bytes);  // returns the limit before; blocks beyond the new one go back to the system
 int64_t kept_bytes();

@@ -1,8 +1,7 @@
 // torch's tensors without torch's headers: their memory through DLPack's C exchange API, and torch's own functions for
-// what only torch can say or make. Where this torch has no such API (before 2.10), or a tensor is not plain, there is
-// no view, and the caller takes the way through Python.
-// May include: core.h, CPython, nanobind.
-// Read next: calls.cpp, the calls that go this way.
+// what only torch can say or make. Where this torch has no such API (2.13 has it, 2.8 does not), or a tensor is not
+// plain, there is no view, and the caller takes the way through Python. May include: core.h, CPython, nanobind. Read
+// next: calls.cpp, the calls that go this way.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -9,11 +9,8 @@ Read next: csrc/rows.h, the arithmetic; _core.pyi, the signatures.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +28,7 @@ except ImportError as error:
     _off: str | None = f"the compiled core could not be imported: {error}"
 else:
     _off = None
-    if hasattr(Tensor, "__dlpack_c_exchange_api__"):  # since torch 2.10; without it calls.cpp answers None
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):  # torch 2.13 has it, 2.8 not; without it calls.cpp answers None
         _core.bind_torch(
             {
                 "exchange_api": Tensor.__dlpack_c_exchange_api__,
@@ -82,65 +79,13 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or baseline."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or baseline."""
     return _core.isa()
 
 
 def openmp() -> bool:
     """Whether the core was built with threads."""
     return _core.openmp()
-
-
-# ---------------------------------------------------------------------------------------------- memory
-
-_MOST_KEPT_BYTES = 1 << 30  # what (4096, 4096) float32 in training uses four times over
-
-
-def default_kept_bytes() -> int:
-    """NORMKIT_KEPT_BYTES, or else a sixteenth of this machine's (or container's) memory, at most 1 GiB."""
-    given = os.environ.get("NORMKIT_KEPT_BYTES", "")
-    if given:
-        if given.isdecimal():
-            return int(given)
-        warnings.warn(
-            f"NORMKIT_KEPT_BYTES: expected a number of bytes, got {given!r}; taking the default", stacklevel=2
-        )
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        memory = min(memory, int(group)) if group.isdecimal() else memory
-    except (AttributeError, OSError, ValueError):  # Windows; no control groups
-        memory = 0 if os.name != "posix" else memory
-    return min(memory // 16, _MOST_KEPT_BYTES)
-
-
-def set_kept_bytes(limit: int) -> int:
-    """Keep at most `limit` bytes of large results' memory for the next ones; returns the limit before.
-
-    Freed results of 4 MiB and more are kept up to the limit, since the first touch of fresh memory takes longer than
-    the normalization: (4096, 4096) float32 took 2 to 3 times as long without. What is kept and does not fit the next
-    result is given back before new memory is taken. 0 keeps nothing and gives everything back.
-
-    Args:
-        limit: bytes, zero or positive; at first a sixteenth of the machine's (or container's) memory, at most 1 GiB,
-            or the environment variable NORMKIT_KEPT_BYTES.
-
-    Raises:
-        ValueError: the limit is negative.
-
-    Example:
-        >>> import normkit
-        >>> before = normkit.set_kept_bytes(0)
-        >>> normkit.set_kept_bytes(before)
-        0
-    """
-    if limit < 0:
-        raise ValueError(f"set_kept_bytes: limit must be zero or positive, got {limit}; 0 keeps nothing")
-    return 0 if _off else _core.set_block_limit(limit)
-
-
-if not _off:
-    set_kept_bytes(default_kept_bytes())
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -261,10 +206,17 @@ def rows_backward(
     dtotal_rows = _ABSENT_ROWS
     if dtotal is not None and needs[0]:
         dtotal, dtotal_rows = _in_rows(dtotal if dtotal.dtype == dtype else dtotal.to(dtype))
-    mean = None if mean is None else mean.contiguous()
-    rstd = rstd.contiguous()
+    # what was saved may come back changed, by saved_tensors_hooks or a weight whose data was replaced
+    rstd = rstd.to(_ACCUMULATION[dtype]).contiguous()
+    mean = None if mean is None else mean.to(rstd.dtype).contiguous()
     if weight is not None:
+        if weight.numel() != shape[-1] or dout.shape != shape:
+            raise ValueError(
+                f"normkit: backward needs what forward had, weight of {shape[-1]} elements, got {weight.numel()}; "
+                "keep a layer's parameters until its backward is done"
+            )
         weight = _in_accumulation(weight, dtype)
+    assert rstd.shape == shape[:-1]
     dx = _empty_rows(total) if needs[0] else None
     dweight = rstd.new_empty(shape[-1]) if needs[1] else None
     dbias = rstd.new_empty(shape[-1]) if needs[2] else None
@@ -318,6 +270,10 @@ def update_running(
     running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor
 ) -> bool:
     """`statistics.update_running` where the vectors are plain, in 1 us instead of 20; False where they are not."""
+    if count == 0:
+        return True
+    if running_mean.is_inference() and not torch.is_inference_mode_enabled():  # torch's error is the right one
+        return False
     if not _core.update_running(running_mean, running_var, momentum, count, mean, m2):
         return False
     torch.autograd.graph.increment_version((running_mean, running_var))
@@ -328,7 +284,7 @@ def _in_lines(x: Tensor) -> tuple[Tensor, bool]:
     """x (B, C, S) with one contiguous axis of the two fast layouts, and whether it is channels-last."""
     _, channels, space = x.shape
     _, channel_stride, space_stride = x.stride()
-    if (space_stride == 1 and space > 1) or (space == 1 and channels == 1):
+    if space_stride == 1 and space > 1:
         return x, False
     if channel_stride == 1 or channels == 1:
         return x, True

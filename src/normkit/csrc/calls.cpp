@@ -274,12 +274,11 @@ nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle va
     ChannelsNorm args{};
     if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
     if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
-    const int dtype = accumulation_dtype(view.dtype);
-    if (!view_per_channel(mean, args.shape.channels, &mean_view) || mean_view.dtype != dtype) return nb::none();
-    if (!view_per_channel(var, args.shape.channels, &var_view) || var_view.dtype != dtype) return nb::none();
+    if (!view_per_channel(mean, args.shape.channels, &mean_view)) return nb::none();
+    if (!view_per_channel(var, args.shape.channels, &var_view)) return nb::none();
+    if (!view_weight(mean, view.dtype, &mean_view, &args.fixed_mean)) return nb::none();
+    if (!view_weight(var, view.dtype, &var_view, &args.fixed_var)) return nb::none();
     args.eps = eps;
-    args.fixed_mean = mean_view.data();
-    args.fixed_var = var_view.data();
     const nb::object out = empty_like(x, view, &args.out);
     const int threads = num_threads();
     {

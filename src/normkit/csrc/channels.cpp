@@ -218,8 +218,8 @@ void channels_normalize(const ChannelsNorm& args, int dtype, int threads) {
         shift.set(c, (args.bias.data != nullptr ? bias[c] : 0) - rest * gain);
     };
     const auto kernel = kernels().channels_affine[dtype];
-    if (args.fixed_mean != nullptr) {
-        const Vector mean(const_cast<void*>(args.fixed_mean), dtype), var(const_cast<void*>(args.fixed_var), dtype);
+    if (args.fixed_mean.data != nullptr) {
+        const Vector mean = widened(args.fixed_mean, channels, dtype), var = widened(args.fixed_var, channels, dtype);
         for (int64_t c = 0; c < channels; ++c) set(c, mean[c], 1 / __builtin_sqrt(var[c] + args.eps));
         affine(apply, dtype, threads, 2, kernel);
         return;

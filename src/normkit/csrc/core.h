@@ -122,11 +122,11 @@ struct ChannelsNorm {
     Lines x, dout;
     Weight weight, bias;  // (C,)
     double eps;
-    const void *fixed_mean, *fixed_var;  // (C,) in the accumulation dtype; null: the batch's own
-    double *mean, *m2, *rstd;            // (C,): written by forward, read by backward (not m2); unused when fixed
-    int64_t count;                       // backward: values behind the statistics
-    double *dweight, *dbias;             // (C,): written by backward
-    void* out;                           // out or dx; dx may be null
+    Weight fixed_mean, fixed_var;  // (C,); without data: the batch's own statistics
+    double *mean, *m2, *rstd;      // (C,): written by forward, read by backward (not m2); unused when fixed
+    int64_t count;                 // backward: values behind the statistics
+    double *dweight, *dbias;       // (C,): written by backward
+    void* out;                     // out or dx; dx may be null
 };
 
 // One instruction set's kernels, indexed by Dtype. first/last bound rows, row blocks or units (see the callers).

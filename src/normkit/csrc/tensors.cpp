@@ -183,6 +183,26 @@ nb::object record_norm(nb::handle x, nb::handle residual, nb::handle weight, nb:
     return recorder(x, residual, weight, bias, computed, eps, centered, weight_offset);
 }
 
+// A tensor of this shape, these strides and dtype in the block.
+static nb::object block_tensor(const DLTensor& like, Block block) {
+    auto* made = new BlockTensor{};
+    made->block = block;
+    made->managed.version = {1, 0};
+    made->managed.context = made;
+    made->managed.deleter = BlockTensor::drop;
+    made->managed.dl = like;
+    made->managed.dl.data = block.data;
+    made->managed.dl.byte_offset = 0;
+    const int dims = like.ndim;
+    for (int i = 0; i < dims; ++i) made->sizes[i] = like.shape[i];
+    for (int i = 0; i < dims; ++i) made->sizes[dims + i] = like.strides[i];
+    made->managed.dl.shape = made->sizes;
+    made->managed.dl.strides = made->sizes + dims;
+    void* object = nullptr;
+    if (torch.api->to_python(&made->managed, &object) != 0) throw nb::python_error();
+    return nb::steal(static_cast<PyObject*>(object));
+}
+
 nb::object empty_like(nb::handle tensor, const TensorView& view, void** data) {
     const int64_t bytes = view.numel() * (view.dl.dtype.bits / 8);
     const Block block = bytes < kLeastBlock || view.ndim() > kMostDims ? Block{} : take_block(bytes);
@@ -194,23 +214,8 @@ nb::object empty_like(nb::handle tensor, const TensorView& view, void** data) {
         *data = made_view.data();
         return nb::steal(made);
     }
-    auto* made = new BlockTensor{};
-    made->block = block;
-    made->managed.version = {1, 0};
-    made->managed.context = made;
-    made->managed.deleter = BlockTensor::drop;
-    made->managed.dl = view.dl;
-    made->managed.dl.data = block.data;
-    made->managed.dl.byte_offset = 0;
-    const int dims = view.ndim();
-    for (int i = 0; i < dims; ++i) made->sizes[i] = view.size(i);
-    for (int i = 0; i < dims; ++i) made->sizes[dims + i] = view.stride(i);
-    made->managed.dl.shape = made->sizes;
-    made->managed.dl.strides = made->sizes + dims;
-    void* object = nullptr;
-    if (torch.api->to_python(&made->managed, &object) != 0) throw nb::python_error();
     *data = block.data;
-    return nb::steal(static_cast<PyObject*>(object));
+    return block_tensor(view.dl, block);
 }
 
 nb::object empty(int dtype, int ndim, const int64_t* shape, TensorView* view) {
@@ -221,6 +226,15 @@ nb::object empty(int dtype, int ndim, const int64_t* shape, TensorView* view) {
     like.dtype.bits = uint8_t(dtype == kFloat64 ? 64 : dtype == kFloat32 ? 32 : 16);
     like.dtype.lanes = 1;
     like.shape = shape;
+    const int64_t one = 1, bytes = ndim == 1 ? shape[0] * (like.dtype.bits / 8) : 0;
+    const Block block = bytes < kLeastBlock ? Block{} : take_block(bytes);  // dweight of a row of millions
+    if (block.data != nullptr) {
+        like.strides = &one;
+        nb::object tensor = block_tensor(like, block);
+        if (torch.api->view(tensor.ptr(), &view->dl) != 0) throw nb::python_error();
+        view->dtype = dtype;
+        return tensor;
+    }
     ManagedTensor* managed = nullptr;
     const auto set_error = [](void*, const char*, const char* message) {
         PyErr_SetString(PyExc_RuntimeError, message);

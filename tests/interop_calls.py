@@ -31,9 +31,8 @@ PRIMITIVES = (
 WHOLE_CALLS = (
     (backends, "norm_now", ("rows_forward",)),
     (backends, "norm_backward_now", ("rows_backward",)),
-    (cpu, "channels_normalize", ("channels_moments", "channels_affine")),
-    (cpu, "channels_normalize_fixed", ("channels_affine",)),
-    (cpu, "channels_gradients", ("channels_backward_moments", "channels_backward_affine")),
+    (backends, "batch_norm_now", ("channels_moments", "channels_affine")),  # in eval only the second
+    (backends, "batch_norm_backward_now", ("channels_backward_moments", "channels_backward_affine")),
 )
 D = 16  # normalized size of the row calls
 C = 3  # channels of the batch_norm calls
@@ -150,18 +149,19 @@ def gradients(function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[T
 def watch_core(patch: Callable[[object, str, object], None], on_call: Callable[[str], None]) -> None:
     """Calls on_call(primitive) for every primitive that the compiled core computes; `patch` is setattr."""
 
-    def watched(function: Callable[..., Any], primitives: tuple[str, ...]) -> Callable[..., Any]:
+    def watched(name: str, function: Callable[..., Any], primitives: tuple[str, ...]) -> Callable[..., Any]:
         def watching(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
+            fixed = name == "batch_norm_now" and not args[5]  # training
             if result is not None:
-                for primitive in primitives:
+                for primitive in primitives[1:] if fixed else primitives:
                     on_call(primitive)
             return result
 
         return watching
 
     for owner, name, primitives in (*((cpu, name, (name,)) for name in PRIMITIVES), *WHOLE_CALLS):
-        patch(owner, name, watched(getattr(owner, name), primitives))
+        patch(owner, name, watched(name, getattr(owner, name), primitives))
 
 
 def record_primitives(patch: Callable[[object, str, object], None]) -> list[str]:

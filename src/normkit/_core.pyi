@@ -177,23 +177,7 @@ def norm_backward(
     dx: bool,
     dweight: bool,
     dbias: bool,
-    /,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
-def channels_normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, /
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
-def channels_normalize_fixed(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, /
-) -> Tensor | None: ...
-def channels_gradients(
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    count: int,
-    dx: bool,
-    parameters: bool,
+    narrow: bool,
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 def norm_backward_now(
@@ -207,11 +191,31 @@ def norm_backward_now(
     dx: bool,
     dweight: bool,
     dbias: bool,
+    narrow: bool,
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
-def update_running(
-    running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor, /
-) -> bool: ...
+def batch_norm_now(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    /,
+) -> Tensor | None: ...
+def batch_norm_backward_now(
+    dout: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dx: bool,
+    parameters: bool,
+    narrow: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 def set_block_limit(limit: int, /) -> int: ...
 def kept_bytes() -> int: ...
 def isa() -> str: ...

@@ -12,6 +12,7 @@ statistics computed again from the input, so that higher derivatives are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def _differentiated(*gradients: Tensor | None) -> bool:
 def _batched(gradient: Tensor) -> bool:
     """Whether torch.autograd.grad(is_grads_batched=True) made it: its old vmap leaves no level to ask for."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _in_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient.to(dtype)`, without the 2 us that torch takes to find nothing to do."""
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 Computed = tuple[Tensor, Tensor, Tensor | None, Tensor]  # out, total, mean, rstd
@@ -81,7 +87,9 @@ class RowNorm(torch.autograd.Function):
         if dout is not None:
             found = None
             if backend is backends.CPU and not torch.compiler.is_compiling():
-                found = backends.norm_backward_now(dout, dtotal, total, mean, rstd, weight, weight_offset, *needs)
+                narrow = weight is not None and bias_dtype in (None, weight.dtype)
+                saved = (total, mean, rstd, weight, weight_offset)
+                found = backends.norm_backward_now(dout, dtotal, *saved, *needs, narrow)
             if found is None:
                 rows_backward = backend.rows_backward
                 if _differentiated(dout, dtotal):
@@ -91,10 +99,10 @@ class RowNorm(torch.autograd.Function):
                     rows_backward = reference.rows_backward
                 found = rows_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, needs)
             dx, dweight, dbias = found
-        if dweight is not None and dweight.dtype != weight.dtype:
-            dweight = dweight.to(weight.dtype)
-        if dbias is not None and dbias.dtype != bias_dtype:
-            dbias = dbias.to(bias_dtype)
+        if dweight is not None:
+            dweight = _in_dtype(dweight, weight.dtype)
+        if dbias is not None:
+            dbias = _in_dtype(dbias, bias_dtype)
         return None, dx if x_needs else None, dx if residual_needs else None, dweight, dbias, None, None, None, None
 
 
@@ -150,33 +158,27 @@ class ChannelNorm(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        parameters = weight_needs or bias_needs
+        backend: Backend = ctx.backend
         found = None
-        if not _differentiated(dout):
-            backend: Backend = ctx.backend
-            whole = backends.whole_norms(backend)
-            if whole is not None and ctx.count is not None:
-                parameters = weight_needs or bias_needs
-                found = whole.channels_gradients(dout, x, mean, rstd, weight, ctx.count, x_needs, parameters)
-        else:
-            backend = reference
-            if ctx.count is not None:
-                _, mean, m2 = reference.channels_moments(lines(x), None, False)
-                rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+        if backend is backends.CPU and ctx.count is not None and not torch.compiler.is_compiling():
+            narrow = weight is not None and ctx.bias_dtype in (None, weight.dtype)
+            found = backends.batch_norm_backward_now(dout, x, mean, rstd, weight, x_needs, parameters, narrow)
         if found is None:
-            needs = (x_needs, weight_needs or bias_needs)
-            found = channel_gradients(backend, lines(dout), lines(x), mean, rstd, weight, ctx.count, needs)
+            if _differentiated(dout):
+                backend = reference
+                if ctx.count is not None:
+                    _, mean, m2 = reference.channels_moments(lines(x), None, False)
+                    rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+            needs = (x_needs, parameters)
+            dx, *sums = channel_gradients(backend, lines(dout), lines(x), mean, rstd, weight, ctx.count, needs)
+            found = (None if dx is None else dx.view(x.shape), *sums)
         dx, dweight, dbias = found
-        return (
-            None,
-            None if dx is None else dx.view(x.shape),
-            dweight.to(weight.dtype) if weight_needs and dweight is not None else None,
-            dbias.to(ctx.bias_dtype) if bias_needs and dbias is not None else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if dweight is not None:
+            dweight = _in_dtype(dweight, weight.dtype) if weight_needs else None
+        if dbias is not None:
+            dbias = _in_dtype(dbias, ctx.bias_dtype) if bias_needs else None
+        return None, dx, dweight, dbias, None, None, None, None, None
 
 
 def channel_gradients(
@@ -269,3 +271,6 @@ def record_channel_norm(
     """`out` as ChannelNorm's result."""
     recorded: Tensor = _apply_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, [out])
     return recorded
+
+
+backends.recorders["batch_norm"] = partial(record_channel_norm, backends.CPU)  # what batch_norm_now computed

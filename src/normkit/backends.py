@@ -69,34 +69,6 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
-class WholeNorms(Protocol):
-    """What a backend may offer besides: a plain call of BatchNorm in one step. None: not plain, take the primitives."""
-
-    def channels_normalize(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
-
-    def channels_normalize_fixed(
-        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor | None: ...
-
-    def channels_gradients(
-        self,
-        dout: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None,
-        count: int,
-        dx: bool,
-        parameters: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
-
-    def update_running(
-        self, running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor
-    ) -> bool: ...
-
-
 NAMES = ("cpu", "triton", "reference")
 
 _EXACT_TYPES = (Tensor, torch.nn.Parameter)
@@ -107,6 +79,7 @@ _forced = cpu.forced
 
 CPU: Backend = cpu
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
+batch_norm_now, batch_norm_backward_now = cpu.batch_norm_now, cpu.batch_norm_backward_now
 recorders, set_kept_bytes = cpu.recorders, memory.set_kept_bytes
 
 
@@ -146,11 +119,6 @@ def select(*tensors: Tensor | None) -> Backend | None:
             f'use_backend("{forced}") cannot take this call: {off}; leave use_backend or name another ({table})'
         )
     return cpu if forced == "cpu" else reference
-
-
-def whole_norms(backend: Backend | None) -> WholeNorms | None:
-    """The backend's whole norms, if it offers any."""
-    return cpu if backend is cpu else None
 
 
 def reasons(x: Tensor | None = None) -> list[Reason]:

@@ -290,6 +290,12 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
     """
+    if not torch.compiler.is_compiling():
+        plain: Tensor | None = backends.batch_norm_now(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        if plain is not None:
+            return plain
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return _overridden(
             batch_norm,
@@ -407,37 +413,22 @@ def _channel_norm(
 ) -> Tensor:
     backend = backends.select(x, running_mean, running_var, weight, bias)
     recorded = backend is not None and torch.is_grad_enabled() and _requires_grad(x, weight, bias)
-    whole = backends.whole_norms(backend)
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        if whole is not None and not recorded:
-            out = whole.channels_normalize_fixed(x, running_mean, running_var, weight, bias, eps)
-            if out is not None:
-                return out
         dtype = accumulation_dtype(x.dtype)
-        wide = dtype if whole is None else torch.float64  # as channels_normalize_fixed: the same bits with a record
+        wide = torch.float64 if backend is backends.CPU else dtype  # as batch_norm_now: the same bits with a record
         # a copy: the buffers may be updated in place between this forward and its backward
         mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
         return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
-    found = None if whole is None else whole.channels_normalize(x, weight, bias, eps)
-    if found is None:
-        primitives = reference if backend is None else backend
-        with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
-            counted, mean, m2 = primitives.channels_moments(lines(x), None, False)
-            count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
-            rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
-        out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
-    else:
-        out, mean, m2, rstd = found
-        count = x.numel() // x.shape[1]
-        if recorded:
-            assert backend is not None
-            out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
+    primitives = reference if backend is None else backend
+    with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
+        counted, mean, m2 = primitives.channels_moments(lines(x), None, False)
+        count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
+        rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
+    out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
     if running_mean is not None and running_var is not None:
-        update = (running_mean, running_var, momentum, count, mean, m2)
-        if whole is None or not whole.update_running(*update):
-            statistics.update_running(*update)
+        statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
     return out
 
 

@@ -1,10 +1,10 @@
-// What the row kernels stand on: where a row lies, its blocks and who shares them, several rows at once, and how
-// results leave. No arithmetic of a norm. May include: core.h, vec.h. Compiled once per instruction set; no threads of
-// its own (parallel_ranges is handed in work and never decides arithmetic). Read next: rows.h.
+// What the row kernels stand on: where a row lies, its blocks and who shares them, several rows at once, and weights in
+// the accumulation dtype. No arithmetic of a norm. May include: core.h, steps.h. Compiled once per instruction set; no
+// threads of its own (parallel_ranges is handed in work and never decides arithmetic). Read next: rows.h.
 #pragma once
 
 #include "core.h"
-#include "vec.h"
+#include "steps.h"
 
 namespace normkit::NORMKIT_ISA {
 
@@ -17,12 +17,14 @@ NORMKIT_INLINE const T* row_of(const StridedRows& rows, int64_t r) {
 // Rows taken together, and accumulators of a row's sum: what 32, or 16, registers hold. 16 partial sums at least keep
 // the rounding of 4096 additions small.
 #if defined(__AVX512F__)
-constexpr int kGroup = 4, kChains = 2;
+constexpr int kGroup = 4, kVectors = 2;
 #elif defined(__AVX2__)
-constexpr int kGroup = 2, kChains = 2;
+constexpr int kGroup = 2, kVectors = 2;
 #else
-constexpr int kGroup = 1, kChains = 4;
+constexpr int kGroup = 1, kVectors = 4;
 #endif
+template <class T>
+constexpr int kChains = kHalf<T> ? kVectors / 2 : kVectors;
 static_assert(kGroup <= kRowGroup, "rows.cpp makes room for kRowGroup");
 
 // -------------------------------------------------------------------------------- the blocks of one row
@@ -74,35 +76,40 @@ void sum_blocks(int64_t size, int threads, Sums* partials, Sums* sums, const Blo
 template <class T>
 void widen(const void* source, double offset, void* target, int64_t n) {
     using A = Acc<T>;
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        const Vec<A> v = source ? load<T>(static_cast<const T*>(source) + i, lanes) + A(offset) : splat<A>(1);
-        store<A>(static_cast<A*>(target) + i, v, lanes);
+    sweep<T>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Wide<T> v = source ? load<T>(static_cast<const T*>(source) + i, lanes) + A(offset) : Wide<T>{} + A(1);
+        store_wide<T>(static_cast<A*>(target) + i, v, lanes);
     });
 }
 
-// write(start, n, results, offset) for elements start..start+n of kRows rows, where results[r] + offset is the place of
-// what element `start` of row r becomes: rows[r] itself, or, for half types that are streamed, a buffer in cache from
-// which whole lines are streamed.
-template <class T, int kRows, bool kStream, class Write>
-NORMKIT_INLINE void write_rows(T* const (&rows)[kRows], int64_t start, int64_t n, const Write& write) {
-    if constexpr (kStream && sizeof(T) < sizeof(Acc<T>)) {
-        constexpr int64_t kStage = 512;  // 4 rows of it and what they are made of stay in the first cache
-        T stage[kRows][kStage];
-        T* stages[kRows];
-        for (int r = 0; r < kRows; ++r) stages[r] = stage[r];
-        for (int64_t i = start; i < start + n; i += kStage) {
-            const int64_t m = start + n - i < kStage ? start + n - i : kStage;
-            write(i, m, stages, int64_t(0));
-            for (int r = 0; r < kRows; ++r) stream_copy<T>(stage[r], rows[r] + i, m);
-        }
-    } else {
-        write(start, n, rows, start);
+// Numbers in storage dtype; doubles become float first, as in torch, where T is a half type.
+template <class T, class From>
+void narrow(const From* source, void* target, int64_t n) {
+    using A = Acc<T>;
+    constexpr int64_t kPiece = 64;
+    for (int64_t start = 0; start < n; start += kPiece) {
+        A values[kPiece];
+        const int64_t m = n - start < kPiece ? n - start : kPiece;
+        for (int64_t i = 0; i < m; ++i) values[i] = A(source[start + i]);
+        sweep<T>(m, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+            store<T>(static_cast<T*>(target) + start + i, load_wide<T>(values + i, lanes), lanes);
+        });
     }
+}
+
+// piece(start, n) for all of a block where its weights lie in the accumulation dtype; else for as many elements at a
+// time as can be widened into the first cache beside the rows.
+constexpr int64_t kWeightPiece = 1024;
+template <class Piece>
+NORMKIT_INLINE void for_pieces(int64_t start, int64_t n, bool wide, const Piece& piece) {
+    if (wide) return piece(start, n);
+    for (int64_t i = start; i < start + n; i += kWeightPiece)
+        piece(i, start + n - i < kWeightPiece ? start + n - i : kWeightPiece);
 }
 
 // Elements start..start+n of a weight: out of `wide`, or widened into `buffer`.
 template <class T>
-NORMKIT_INLINE const Acc<T>* weight_block(const Weight& weight, const void* wide, int64_t start, int64_t n,
+NORMKIT_INLINE const Acc<T>* weight_piece(const Weight& weight, const void* wide, int64_t start, int64_t n,
                                           Acc<T>* buffer) {
     using A = Acc<T>;
     if (wide != nullptr) return static_cast<const A*>(wide) + start;
@@ -128,26 +135,6 @@ NORMKIT_INLINE auto each(const Call& value) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) found.of[r] = value(r);
     return found;
-}
-
-// ------------------------------------------------------------------------------------- from values to variants
-
-template <bool kValue>
-struct Flag {
-    static constexpr bool value = kValue;
-};
-// call(Flag...) for the values of some conditions.
-template <class Call>
-void choose(const Call& call) {
-    call();
-}
-template <class Call, class... Conditions>
-void choose(const Call& call, bool condition, Conditions... rest) {
-    if (condition) {
-        choose([&](auto... flags) { call(Flag<true>{}, flags...); }, rest...);
-    } else {
-        choose([&](auto... flags) { call(Flag<false>{}, flags...); }, rest...);
-    }
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -4,6 +4,8 @@
 
 #include <float.h>
 
+#include <vector>
+
 namespace normkit {
 namespace {
 
@@ -146,9 +148,10 @@ nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, n
     return recorded(args, view, x);
 }
 
-// (dx, dweight, dbias), None for what is not wanted; dweight and dbias in the accumulation dtype.
+// (dx, dweight, dbias), None for what is not wanted; dweight and dbias in the accumulation dtype or, if `narrow`, in
+// the weight's.
 nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
-                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias) {
+                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias, bool narrow) {
     TensorView view, other, saved, weight_view;
     RowsBackward args{};
     if (!bound() || !view_plain(total, &view)) return nb::none();
@@ -181,7 +184,9 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
         results[0] = empty_like(total, view, &args.dx);
     }
     // These become a parameter's .grad: torch's own memory, where the dtype will not be changed anyway.
-    const bool like_weight = !weight.is_none() && weight_view.dtype == dtype && weight_view.ndim() == 1;
+    narrow = narrow && !weight.is_none() && weight_view.ndim() == 1;
+    const bool like_weight = !weight.is_none() && (narrow || weight_view.dtype == dtype) && weight_view.ndim() == 1;
+    sums.narrow = narrow && weight_view.dtype != dtype;
     const auto parameter_gradient = [&](void** data) {
         if (like_weight) return empty_like(weight, weight_view, data);
         nb::object made = empty(dtype, 1, &args.size, &saved);
@@ -200,9 +205,9 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
 
 // The same, unless this backward is itself recorded, or something is active.
 nb::object norm_backward_now(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
-                             nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias) {
+                             nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias, bool narrow) {
     if (!bound() || records_gradient() || !nothing_traced()) return nb::none();
-    return norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, dx, dweight, dbias);
+    return norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, dx, dweight, dbias, narrow);
 }
 
 // ------------------------------------------------------------------------------------------ channels
@@ -245,97 +250,113 @@ bool view_affine(nb::handle weight, nb::handle bias, int64_t channels, int dtype
 
 }  // namespace
 
-// (out, mean, m2, rstd) with the batch's own statistics, the last three in float64.
-nb::object channels_normalize(nb::handle x, nb::handle weight, nb::handle bias, double eps) {
-    TensorView view, vector;
-    ChannelsNorm args{};
-    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
-    if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
-    args.eps = eps;
-    const nb::object out = empty_like(x, view, &args.out);
-    nb::object vectors[3];
-    double** places[3] = {&args.mean, &args.m2, &args.rstd};
-    for (int i = 0; i < 3; ++i) {
-        vectors[i] = empty(kFloat64, 1, &args.shape.channels, &vector);
-        *places[i] = static_cast<double*>(vector.data());
-    }
-    const int threads = num_threads();
-    {
-        nb::gil_scoped_release release;
-        channels_normalize(args, view.dtype, threads);
-    }
-    return nb::make_tuple(out, vectors[0], vectors[1], vectors[2]);
+namespace {
+
+// A running average: (C,) numbers of any dtype, to be updated in place.
+bool view_running(nb::handle tensor, int64_t channels, TensorView* view) {
+    return view_per_channel(tensor, channels, view) && !refuses_update(tensor);
 }
 
-// out with given mean and var.
-nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight, nb::handle bias,
-                                    double eps) {
+}  // namespace
+
+// BatchNorm's out; None where something is active, an argument is not plain or not right, or a gradient with fixed
+// statistics is wanted. In training the running averages are updated.
+nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle running_var, nb::handle weight,
+                          nb::handle bias, bool training, double momentum, nb::handle eps) {
     TensorView view, mean_view, var_view;
     ChannelsNorm args{};
-    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
-    if (!view_affine(weight, bias, args.shape.channels, view.dtype, &args)) return nb::none();
-    if (!view_per_channel(mean, args.shape.channels, &mean_view)) return nb::none();
-    if (!view_per_channel(var, args.shape.channels, &var_view)) return nb::none();
-    if (!view_weight(mean, view.dtype, &mean_view, &args.fixed_mean)) return nb::none();
-    if (!view_weight(var, view.dtype, &var_view, &args.fixed_var)) return nb::none();
-    args.eps = eps;
+    if (!bound() || !nothing_active() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    const int64_t channels = args.shape.channels, count = args.shape.batch * args.shape.space;
+    if (!view_affine(weight, bias, channels, view.dtype, &args) || !PyFloat_CheckExact(eps.ptr())) return nb::none();
+    args.eps = PyFloat_AS_DOUBLE(eps.ptr());
+    const bool tracked = !running_mean.is_none(), gradient = wants_gradient(x, weight, bias, nb::none());
+    if (tracked == running_var.is_none()) return nb::none();
+    if (training) {
+        if (count < 2 || !(args.eps > 0)) return nb::none();
+        if (tracked &&
+            !(view_running(running_mean, channels, &mean_view) && view_running(running_var, channels, &var_view)))
+            return nb::none();
+    } else {
+        if (gradient || !tracked || !(args.eps >= 0)) return nb::none();
+        if (!view_per_channel(running_mean, channels, &mean_view) ||
+            !view_per_channel(running_var, channels, &var_view))
+            return nb::none();
+        if (!view_weight(running_mean, view.dtype, &mean_view, &args.fixed_mean)) return nb::none();
+        if (!view_weight(running_var, view.dtype, &var_view, &args.fixed_var)) return nb::none();
+    }
     const nb::object out = empty_like(x, view, &args.out);
+    nb::object mean, rstd;
+    std::vector<double> vectors;  // what no backward will read
+    if (gradient) {
+        TensorView vector;
+        mean = empty(kFloat64, 1, &channels, &vector);
+        args.mean = static_cast<double*>(vector.data());
+        rstd = empty(kFloat64, 1, &channels, &vector);
+        args.rstd = static_cast<double*>(vector.data());
+    }
+    if (training) {
+        vectors.resize(size_t(channels) * 3);
+        args.m2 = vectors.data();
+        if (!gradient) {
+            args.mean = args.m2 + channels;
+            args.rstd = args.mean + channels;
+        }
+    }
     const int threads = num_threads();
     {
         nb::gil_scoped_release release;
         channels_normalize(args, view.dtype, threads);
+        if (training && tracked) {
+            update_running(mean_view.data(), mean_view.dtype, args.mean, 1, momentum, channels);
+            update_running(var_view.data(), var_view.dtype, args.m2, double(count - 1), momentum, channels);
+        }
     }
-    return out;
+    if (training && tracked) count_update(running_mean, running_var);
+    if (!gradient) return out;
+    return record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out);
 }
 
-// (dx, dweight, dbias) where the statistics are the batch's own; the last two in float64, None unless wanted.
-nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
-                              int64_t count, bool dx, bool parameters) {
-    TensorView view, dout_view, mean_view, rstd_view, vector;
+// (dx, dweight, dbias) where the statistics are the batch's own, None for what is not wanted; the last two in float64,
+// or in weight's dtype if `narrow`. None alone if this backward is itself recorded, or as above.
+nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
+                                   bool dx, bool parameters, bool narrow) {
+    TensorView view, dout_view, mean_view, rstd_view;
     ChannelsNorm args{};
     ChannelsShape dout_shape{};
-    if (!bound() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!bound() || records_gradient() || !nothing_traced()) return nb::none();
+    if (!view_channels(x, &view, &args.shape, &args.x)) return nb::none();
     if (!view_channels(dout, &dout_view, &dout_shape, &args.dout)) return nb::none();
     if (dout_view.dtype != view.dtype || !same_shape(view, dout_view)) return nb::none();
     if (dout_shape.channels_last != args.shape.channels_last) return nb::none();
-    if (!view_affine(weight, nb::none(), args.shape.channels, view.dtype, &args)) return nb::none();
-    if (!view_per_channel(mean, args.shape.channels, &mean_view) || mean_view.dtype != kFloat64) return nb::none();
-    if (!view_per_channel(rstd, args.shape.channels, &rstd_view) || rstd_view.dtype != kFloat64) return nb::none();
-    args.count = count;
+    const int64_t channels = args.shape.channels;
+    if (!view_affine(weight, nb::none(), channels, view.dtype, &args)) return nb::none();
+    if (!view_per_channel(mean, channels, &mean_view) || mean_view.dtype != kFloat64) return nb::none();
+    if (!view_per_channel(rstd, channels, &rstd_view) || rstd_view.dtype != kFloat64) return nb::none();
+    args.count = args.shape.batch * args.shape.space;
     args.mean = static_cast<double*>(mean_view.data());
     args.rstd = static_cast<double*>(rstd_view.data());
     nb::object results[3] = {nb::none(), nb::none(), nb::none()};
-    if (dx) {
-        results[0] = empty_like(x, view, &args.out);
-    }
-    nb::object vectors[2];
-    for (int i = 0; i < 2; ++i) {
-        vectors[i] = empty(kFloat64, 1, &args.shape.channels, &vector);
-        (i == 0 ? args.dweight : args.dbias) = static_cast<double*>(vector.data());
-        if (parameters) results[i + 1] = vectors[i];
+    if (dx) results[0] = empty_like(x, view, &args.out);
+    std::vector<double> sums(size_t(channels) * 2);
+    args.dweight = sums.data();
+    args.dbias = args.dweight + channels;
+    void* targets[2] = {nullptr, nullptr};
+    const int dtype = narrow ? args.weight.dtype : kFloat64;
+    for (int i = 0; parameters && i < 2; ++i) {
+        TensorView made;
+        results[i + 1] = empty(dtype, 1, &channels, &made);
+        targets[i] = made.data();
     }
     const int threads = num_threads();
     {
         nb::gil_scoped_release release;
         channels_gradients(args, view.dtype, threads);
+        if (parameters) {
+            kernels().narrow[dtype](args.dweight, targets[0], channels);
+            kernels().narrow[dtype](args.dbias, targets[1], channels);
+        }
     }
     return nb::make_tuple(results[0], results[1], results[2]);
-}
-
-// True: the running statistics were updated, in place. The caller tells autograd.
-bool update_running(nb::handle running_mean, nb::handle running_var, double momentum, int64_t count, nb::handle mean,
-                    nb::handle m2) {
-    TensorView means, variances, mean_view, m2_view;
-    if (!bound() || !view_tensor(mean, &mean_view) || mean_view.ndim() != 1 || mean_view.dtype != kFloat64)
-        return false;
-    const int64_t channels = mean_view.size(0);
-    if (!view_per_channel(m2, channels, &m2_view) || m2_view.dtype != kFloat64) return false;
-    if (!view_per_channel(running_mean, channels, &means) || !view_per_channel(running_var, channels, &variances))
-        return false;
-    if (means.dtype != variances.dtype || (means.dtype != kFloat32 && means.dtype != kFloat64)) return false;
-    update_running(means.data(), variances.data(), means.dtype, channels, momentum, count,
-                   static_cast<const double*>(mean_view.data()), static_cast<const double*>(m2_view.data()));
-    return true;
 }
 
 }  // namespace normkit

@@ -12,15 +12,12 @@ nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_sha
 nb::object norm_recorded(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, double eps,
                          bool centered, double weight_offset);
 nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
-                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias);
+                         nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias, bool narrow);
 nb::object norm_backward_now(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
-                             nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias);
-nb::object channels_normalize(nb::handle x, nb::handle weight, nb::handle bias, double eps);
-nb::object channels_normalize_fixed(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight, nb::handle bias,
-                                    double eps);
-nb::object channels_gradients(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
-                              int64_t count, bool dx, bool parameters);
-bool update_running(nb::handle running_mean, nb::handle running_var, double momentum, int64_t count, nb::handle mean,
-                    nb::handle m2);
+                             nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias, bool narrow);
+nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle running_var, nb::handle weight,
+                          nb::handle bias, bool training, double momentum, nb::handle eps);
+nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
+                                   bool dx, bool parameters, bool narrow);
 
 }  // namespace normkit

@@ -1,13 +1,13 @@
-// The arithmetic of channel norms: moments, affine and their gradients over (B, C, S), one axis contiguous.
-// May include: core.h, vec.h. Compiled once per instruction set; no threads.
-// Read next: channels.cpp, which cuts and shares the work; reference.py, the same formulas in torch.
+// The sums of channel norms, forward and backward, over (B, C, S), one axis contiguous.
+// May include: core.h, steps.h. Compiled once per instruction set; no threads.
+// Read next: affine.h, what is written with them; reference.py, the same formulas in torch.
 //
 // channels-first: a line is a plane, the S values of one (b, c); its channel's numbers are scalars.
 // channels-last: a line is the C values of one (b, s); its channels' numbers are vectors, a masked line is skipped.
 #pragma once
 
 #include "core.h"
-#include "vec.h"
+#include "steps.h"
 
 namespace normkit::NORMKIT_ISA {
 
@@ -54,24 +54,23 @@ struct PlaneBlock {
 };
 
 // Sums of d = x - center and of its square over the valid elements; a vector's absent lanes do not count.
-template <class T>
+template <class T, bool kMask>
 NORMKIT_BLOCK Sums plane_deviations(const ChannelsReduction& a, const PlaneBlock& at, Acc<T> center) {
-    using A = Acc<T>;
-    Vec<A> sum[4] = {}, square[4] = {};
+    Wide<T> sum[4] = {}, square[4] = {};
     for (int64_t b = 0; b < at.samples; ++b) {
         const T* x = line_at<T>(a.x, at.sample + b, at.channel) + at.start;
         const T* next =
             b + 1 < at.samples ? x + a.x.batch_stride : x;  // far off: nothing else would ask for it in time
         const uint8_t* mask = at.mask(a.shape, b);
-        sweep<A>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-            prefetch<T>(next, i, k);
-            Vec<A> d = load<T>(x + i, lanes) - center;
-            d = mask != nullptr ? where_valid<A>(mask + i, d, lanes) : keep<A>(d, lanes);
+        sweep<T>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+            prefetch<T>(next, i);
+            Wide<T> d = load<T>(x + i, lanes) - center;
+            d = kMask ? where_valid<T>(mask + i, d, lanes) : keep(d, lanes);
             sum[k] += d;
             square[k] += d * d;
         });
     }
-    return {add_lanes<A>(sum), add_lanes<A>(square)};
+    return {add_lanes(sum), add_lanes(square)};
 }
 
 // The same moments one by one in double: for squares that do not fit the accumulation dtype, and for inf and NaN.
@@ -98,8 +97,8 @@ NORMKIT_BLOCK Moments wide_plane_moments(const ChannelsReduction& a, const Plane
 
 // One pass about a center that a sample of the block gives, as for rows (rows.h, set_statistics): where the sample's
 // mean lies more than a standard deviation off, a second one about the mean itself.
-template <class T>
-Moments plane_moments(const ChannelsReduction& a, const PlaneBlock& at) {
+template <class T, bool kMask>
+NORMKIT_INLINE Moments plane_moments(const ChannelsReduction& a, const PlaneBlock& at) {
     using A = Acc<T>;
     constexpr int64_t kSample = 128;
     const double count = a.counts[at.group * a.cut.blocks + at.block];
@@ -107,12 +106,12 @@ Moments plane_moments(const ChannelsReduction& a, const PlaneBlock& at) {
     PlaneBlock sample = at;
     sample.samples = 1;
     sample.n = least(at.n, kSample);
-    A center = A(plane_deviations<T>(a, sample, A(0)).first / double(sample.n));
-    Sums d = plane_deviations<T>(a, at, center);
+    A center = A(plane_deviations<T, kMask>(a, sample, A(0)).first / double(sample.n));
+    Sums d = plane_deviations<T, kMask>(a, at, center);
     double delta = d.first / count, m2 = d.second - delta * d.first;
     if (delta * d.first > m2) {
         center = A(double(center) + delta);
-        d = plane_deviations<T>(a, at, center);
+        d = plane_deviations<T, kMask>(a, at, center);
         delta = d.first / count;
         m2 = d.second - delta * d.first;
     }
@@ -139,15 +138,21 @@ struct Tile {
         const bool per_sample = a.cut.groups > 1;
         const int64_t lines = per_sample ? a.shape.space : a.shape.batch * a.shape.space;
         const int64_t first = block * a.cut.rows_per_block, last = least(first + a.cut.rows_per_block, lines);
-        for (int64_t line = first; line < last; ++line) {
-            const int64_t b = per_sample ? group : line / a.shape.space;
-            const int64_t s = per_sample ? line : line % a.shape.space;
+        int64_t b = per_sample ? group : first / a.shape.space, s = per_sample ? first : first % a.shape.space;
+        for (int64_t line = first; line < last; ++line, ++s) {
+            if (s == a.shape.space) s = 0, ++b;
             if (a.shape.mask != nullptr && !a.shape.mask[b * a.shape.space + s]) continue;
             x[rows] = line_at<T>(a.x, b, s) + channel;
             if (a.dout.data != nullptr) dout[rows] = line_at<T>(a.dout, b, s) + channel;
             sample[rows] = b;
             ++rows;
         }
+    }
+    // The 8 lines to ask for while those from r on are computed: 8 KiB ahead, or the last of `all`.
+    NORMKIT_INLINE int ahead(int r, int all) const {
+        constexpr int64_t kAhead = 8192 / int64_t(sizeof(T));
+        const int distance = int(kAhead / width) > 8 ? int(kAhead / width) : 8;
+        return r + distance + 8 <= all ? r + distance : all >= 8 ? all - 8 : 0;
     }
     NORMKIT_INLINE int64_t result(const ChannelsReduction& a) const {
         return (group * a.cut.blocks + block) * a.shape.channels + channel;
@@ -157,68 +162,65 @@ struct Tile {
 // Sums per column of d = x - center and, with `square`, of d^2, over kRows lines. Eight at a time save most of the
 // traffic of the sums and shorten the chain of additions. The sums' arrays have room for whole vectors.
 template <class T, int kRows>
-NORMKIT_INLINE void add_deviations(const T* const* x, int64_t width, const Acc<T>* center, Acc<T>* sum,
-                                   Acc<T>* square) {
-    using A = Acc<T>;
-    sweep<A>(width, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        const Vec<A> c = load<A>(center + i, Full{});
-        Vec<A> s{}, q{};
+NORMKIT_INLINE void add_deviations(const T* const* x, const T* const* next, int64_t width, const Acc<T>* center,
+                                   Acc<T>* sum, Acc<T>* square) {
+    sweep<T>(width, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Wide<T> c = load_wide<T>(center + i, Full{});
+        Wide<T> s{}, q{};
         for (int r = 0; r < kRows; ++r) {
-            const Vec<A> d = load<T>(x[r] + i, lanes) - c;
+            prefetch<T>(next[r], i);
+            const Wide<T> d = load<T>(x[r] + i, lanes) - c;
             s += d;
             q += d * d;
         }
-        store<A>(sum + i, load<A>(sum + i, Full{}) + s, Full{});
-        if (square != nullptr) store<A>(square + i, load<A>(square + i, Full{}) + q, Full{});
+        store_wide<T>(sum + i, load_wide<T>(sum + i, Full{}) + s, Full{});
+        if (square != nullptr) store_wide<T>(square + i, load_wide<T>(square + i, Full{}) + q, Full{});
     });
 }
 
 template <class T>
 NORMKIT_BLOCK void tile_deviations(const Tile<T>& tile, int rows, const Acc<T>* center, Acc<T>* sum, Acc<T>* square) {
     int r = 0;
-    for (; r + 8 <= rows; r += 8) add_deviations<T, 8>(tile.x + r, tile.width, center, sum, square);
-    for (; r < rows; ++r) add_deviations<T, 1>(tile.x + r, tile.width, center, sum, square);
+    for (; r + 8 <= rows; r += 8) {
+        const T* const* x = tile.x + r;
+        add_deviations<T, 8>(x, tile.x + tile.ahead(r, rows), tile.width, center, sum, square);
+    }
+    for (; r < rows; ++r) add_deviations<T, 1>(tile.x + r, tile.x + r, tile.width, center, sum, square);
 }
 
-// Deviations from `center` become mean and m2, in the columns that are `far`; of these stay those whose center lies
-// more than a standard deviation from the mean. True: one does.
+// Deviations from `center` become mean and m2. True: some column's center lies more than a standard deviation from its
+// mean, or its m2 is not finite.
 template <class A>
-bool set_tile_moments(const A* center, const A* sum, const A* square, int64_t width, double count, bool* far,
-                      double* mean, double* m2) {
-    bool any = false;
+NORMKIT_BLOCK bool set_tile_moments(const A* center, const A* sum, const A* square, int64_t width, double count,
+                                    double* mean, double* m2) {
+    int64_t doubtful = 0;
     for (int64_t i = 0; i < width; ++i) {
-        if (!far[i]) continue;
         const double delta = double(sum[i]) / count, between = delta * double(sum[i]);
+        const double rest = double(square[i]) - between;
         mean[i] = double(center[i]) + delta;
-        m2[i] = double(square[i]) - between;
-        far[i] = between > m2[i];
-        any = any || far[i];
-        if (m2[i] < 0) m2[i] = 0;
+        m2[i] = rest < 0 ? 0 : rest;
+        doubtful |= int64_t(!(between <= rest)) | int64_t(!(rest - rest == 0));
     }
-    return any;
+    return doubtful != 0;
 }
 
+// The columns that one pass did not settle: a second one about the mean, and where squares do not fit, in double.
 template <class T>
-void tile_moments(const ChannelsReduction& a, const Tile<T>& tile) {
+NORMKIT_BLOCK void settle_tile_moments(const Tile<T>& tile, Acc<T>* center, Acc<T>* sum, Acc<T>* square, double count,
+                                       double* mean, double* m2) {
     using A = Acc<T>;
-    constexpr int kSampleRows = 16;
-    double *mean = a.first + tile.result(a), *m2 = a.second + tile.result(a);
-    const double count = tile.rows > 0 ? tile.rows : 1;
-    const int sampled = tile.rows < kSampleRows ? tile.rows : kSampleRows;
-    A center[kTile] = {}, sum[kTile] = {}, square[kTile] = {};
-    tile_deviations<T>(tile, sampled, center, sum, nullptr);
-    for (int64_t i = 0; i < tile.width; ++i) center[i] = sum[i] / A(sampled > 0 ? sampled : 1);
-    for (int64_t i = 0; i < kTile; ++i) sum[i] = 0;
-    tile_deviations<T>(tile, tile.rows, center, sum, square);
+    double mean_again[kTile], m2_again[kTile];
     bool far[kTile];
-    memset(far, 1, sizeof far);
-    if (set_tile_moments<A>(center, sum, square, tile.width, count, far, mean, m2)) {
-        for (int64_t i = 0; i < tile.width; ++i) center[i] = A(mean[i]);
-        for (int64_t i = 0; i < kTile; ++i) sum[i] = square[i] = 0;
-        tile_deviations<T>(tile, tile.rows, center, sum, square);
-        set_tile_moments<A>(center, sum, square, tile.width, count, far, mean, m2);
-    }
     for (int64_t i = 0; i < tile.width; ++i) {
+        const double delta = mean[i] - double(center[i]);
+        far[i] = !(delta * delta * count <= m2[i]);
+        center[i] = A(mean[i]);
+        sum[i] = square[i] = 0;
+    }
+    tile_deviations<T>(tile, tile.rows, center, sum, square);
+    (void)set_tile_moments<A>(center, sum, square, tile.width, count, mean_again, m2_again);
+    for (int64_t i = 0; i < tile.width; ++i) {
+        if (far[i]) mean[i] = mean_again[i], m2[i] = m2_again[i];
         if (finite(m2[i])) continue;
         const Moments wide = wide_moments<T>(tile.rows, count, [&](int64_t r) { return tile.x[r] + i; });
         mean[i] = wide.mean;
@@ -227,17 +229,44 @@ void tile_moments(const ChannelsReduction& a, const Tile<T>& tile) {
 }
 
 template <class T>
-void channels_moments(const ChannelsReduction& a, int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-        if (a.shape.channels_last) {
-            tile_moments<T>(a, Tile<T>(a, unit));
-        } else {
-            const PlaneBlock at(a, unit);
-            const Moments moments = plane_moments<T>(a, at);
-            a.first[at.result(a)] = moments.mean;
-            a.second[at.result(a)] = moments.m2;
-        }
+void tile_moments(const ChannelsReduction& a, const Tile<T>& tile) {
+    using A = Acc<T>;
+    constexpr int kSampleRows = 8;
+    double *mean = a.first + tile.result(a), *m2 = a.second + tile.result(a);
+    const double count = tile.rows > 0 ? tile.rows : 1;
+    const int sampled = tile.rows < kSampleRows ? tile.rows : kSampleRows;
+    A center[kTile] = {}, sum[kTile] = {}, square[kTile] = {};
+    tile_deviations<T>(tile, sampled, center, sum, nullptr);
+    for (int64_t i = 0; i < kTile; ++i) {
+        center[i] = sum[i] / A(sampled > 0 ? sampled : 1);
+        sum[i] = 0;
     }
+    tile_deviations<T>(tile, tile.rows, center, sum, square);
+    if (set_tile_moments<A>(center, sum, square, tile.width, count, mean, m2))
+        settle_tile_moments<T>(tile, center, sum, square, count, mean, m2);
+}
+
+// plane(at) for the units first..last of channels-first data.
+template <class Plane>
+NORMKIT_INLINE void for_planes(const ChannelsReduction& a, int64_t first, int64_t last, const Plane& plane) {
+    for (int64_t unit = first; unit < last;) {
+        PlaneBlock at(a, unit);
+        for (; unit < last && at.channel < a.shape.channels; ++unit, ++at.channel) plane(at);
+    }
+}
+
+template <class T>
+void channels_moments(const ChannelsReduction& a, int64_t first, int64_t last) {
+    if (a.shape.channels_last) {
+        for (int64_t unit = first; unit < last; ++unit) tile_moments<T>(a, Tile<T>(a, unit));
+        return;
+    }
+    for_planes(a, first, last, [&](const PlaneBlock& at) NORMKIT_STEP {
+        const Moments moments =
+            a.shape.mask != nullptr ? plane_moments<T, true>(a, at) : plane_moments<T, false>(a, at);
+        a.first[at.result(a)] = moments.mean;
+        a.second[at.result(a)] = moments.m2;
+    });
 }
 
 // Chan's formula over a group's blocks in their order, channels first..last.
@@ -263,10 +292,10 @@ inline void merge_moments(const ChannelsReduction& a, int64_t group, int64_t fir
 
 // ------------------------------------------------------------------------------------------- backward moments
 
-template <class T>
+template <class T, bool kMask>
 NORMKIT_BLOCK Sums plane_gradients(const ChannelsReduction& a, const PlaneBlock& at) {
     using A = Acc<T>;
-    Vec<A> sum[4] = {}, product[4] = {};
+    Wide<T> sum[4] = {}, product[4] = {};
     for (int64_t b = 0; b < at.samples; ++b) {
         const T* x = line_at<T>(a.x, at.sample + b, at.channel) + at.start;
         const T* dout = line_at<T>(a.dout, at.sample + b, at.channel) + at.start;
@@ -274,48 +303,52 @@ NORMKIT_BLOCK Sums plane_gradients(const ChannelsReduction& a, const PlaneBlock&
         const T *next_x = more ? x + a.x.batch_stride : x, *next_dout = more ? dout + a.dout.batch_stride : dout;
         const A center = values_at<A>(a.center, at.sample + b)[at.channel];
         const uint8_t* mask = at.mask(a.shape, b);
-        sweep<A>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-            prefetch<T>(next_x, i, k);
-            prefetch<T>(next_dout, i, k);
-            Vec<A> d = load<T>(dout + i, lanes);
-            Vec<A> p = d * (load<T>(x + i, lanes) - center);
-            if (mask != nullptr) {
-                d = where_valid<A>(mask + i, d, lanes);
-                p = where_valid<A>(mask + i, p, lanes);
+        sweep<T>(at.n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+            prefetch<T>(next_x, i);
+            prefetch<T>(next_dout, i);
+            Wide<T> d = load<T>(dout + i, lanes);
+            Wide<T> p = d * (load<T>(x + i, lanes) - center);
+            if constexpr (kMask) {
+                d = where_valid<T>(mask + i, d, lanes);
+                p = where_valid<T>(mask + i, p, lanes);
             }
             sum[k] += d;
-            product[k] += keep<A>(p, lanes);
+            product[k] += keep(p, lanes);
         });
     }
-    return {add_lanes<A>(sum), add_lanes<A>(product)};
+    return {add_lanes(sum), add_lanes(product)};
 }
 
-// As add_deviations, for sums of dout and of dout * (x - center); the lines may belong to samples with other centers.
-template <class T, int kRows>
+// As add_deviations, for sums of dout and of dout * (x - center). kOwn: the lines' samples have centers of their own.
+template <class T, int kRows, bool kOwn>
 NORMKIT_INLINE void add_gradients(const ChannelsReduction& a, const Tile<T>& tile, int first, Acc<T>* sum,
                                   Acc<T>* product) {
     using A = Acc<T>;
     const A* center[kRows];
     for (int r = 0; r < kRows; ++r) center[r] = values_at<A>(a.center, tile.sample[first + r]) + tile.channel;
-    sweep<A>(tile.width, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        Vec<A> s{}, p{};
+    const int next = kRows > 1 ? tile.ahead(first, tile.rows) : first;
+    sweep<T>(tile.width, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        Wide<T> s{}, p{}, c = load_wide<T>(center[0] + i, lanes);
         for (int r = 0; r < kRows; ++r) {
-            const Vec<A> d = load<T>(tile.dout[first + r] + i, lanes);
+            prefetch<T>(tile.dout[next + r], i);
+            prefetch<T>(tile.x[next + r], i);
+            const Wide<T> d = load<T>(tile.dout[first + r] + i, lanes);
+            if constexpr (kOwn) c = load_wide<T>(center[r] + i, lanes);
             s += d;
-            p += d * (load<T>(tile.x[first + r] + i, lanes) - load<A>(center[r] + i, lanes));
+            p += d * (load<T>(tile.x[first + r] + i, lanes) - c);
         }
-        store<A>(sum + i, load<A>(sum + i, Full{}) + s, Full{});
-        store<A>(product + i, load<A>(product + i, Full{}) + p, Full{});
+        store_wide<T>(sum + i, load_wide<T>(sum + i, Full{}) + s, Full{});
+        store_wide<T>(product + i, load_wide<T>(product + i, Full{}) + p, Full{});
     });
 }
 
-template <class T>
+template <class T, bool kOwn>
 NORMKIT_BLOCK void tile_gradients(const ChannelsReduction& a, const Tile<T>& tile) {
     using A = Acc<T>;
     A sum[kTile] = {}, product[kTile] = {};
     int r = 0;
-    for (; r + 8 <= tile.rows; r += 8) add_gradients<T, 8>(a, tile, r, sum, product);
-    for (; r < tile.rows; ++r) add_gradients<T, 1>(a, tile, r, sum, product);
+    for (; r + 8 <= tile.rows; r += 8) add_gradients<T, 8, kOwn>(a, tile, r, sum, product);
+    for (; r < tile.rows; ++r) add_gradients<T, 1, kOwn>(a, tile, r, sum, product);
     for (int64_t i = 0; i < tile.width; ++i) {
         a.first[tile.result(a) + i] = double(sum[i]);
         a.second[tile.result(a) + i] = double(product[i]);
@@ -324,16 +357,16 @@ NORMKIT_BLOCK void tile_gradients(const ChannelsReduction& a, const Tile<T>& til
 
 template <class T>
 void channels_backward_moments(const ChannelsReduction& a, int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-        if (a.shape.channels_last) {
-            tile_gradients<T>(a, Tile<T>(a, unit));
-        } else {
-            const PlaneBlock at(a, unit);
-            const Sums sums = plane_gradients<T>(a, at);
-            a.first[at.result(a)] = sums.first;
-            a.second[at.result(a)] = sums.second;
-        }
+    if (a.shape.channels_last) {
+        const auto tile = a.center.batch_stride != 0 ? tile_gradients<T, true> : tile_gradients<T, false>;
+        for (int64_t unit = first; unit < last; ++unit) tile(a, Tile<T>(a, unit));
+        return;
     }
+    for_planes(a, first, last, [&](const PlaneBlock& at) NORMKIT_STEP {
+        const Sums sums = a.shape.mask != nullptr ? plane_gradients<T, true>(a, at) : plane_gradients<T, false>(a, at);
+        a.first[at.result(a)] = sums.first;
+        a.second[at.result(a)] = sums.second;
+    });
 }
 
 inline void merge_sums(const ChannelsReduction& a, int64_t group, int64_t first, int64_t last) {
@@ -347,111 +380,6 @@ inline void merge_sums(const ChannelsReduction& a, int64_t group, int64_t first,
             product[c] += a.second[block + c];
         }
     }
-}
-
-// --------------------------------------------------------------------------------------- affine, element by element
-
-template <class A, bool kLast, class Lane>
-NORMKIT_INLINE Vec<A> value(const A* p, int64_t i, Lane lanes) {
-    if constexpr (kLast) {
-        return load<A>(p + i, lanes);
-    } else {
-        return splat<A>(*p);
-    }
-}
-
-// (x - center) * scale + shift along one line.
-template <class T, bool kLast, bool kStream>
-NORMKIT_BLOCK void affine_line(const T* x, T* out, int64_t n, const uint8_t* mask, const Acc<T>* center,
-                               const Acc<T>* scale, const Acc<T>* shift) {
-    using A = Acc<T>;
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        Vec<A> v = (load<T>(x + i, lanes) - value<A, kLast>(center, i, lanes)) * value<A, kLast>(scale, i, lanes) +
-                   value<A, kLast>(shift, i, lanes);
-        if (mask != nullptr) v = where_valid<A>(mask + i, v, lanes);
-        store_out<kStream>(out + i, v, lanes);
-    });
-}
-
-// a * dout + b * (x - center) + c along one line; without b, x is not read.
-template <class T, bool kLast, bool kStream>
-NORMKIT_BLOCK void backward_affine_line(const T* dout, const T* x, T* out, int64_t n, const uint8_t* mask,
-                                        const Acc<T>* a, const Acc<T>* center, const Acc<T>* b, const Acc<T>* c) {
-    using A = Acc<T>;
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        Vec<A> v = value<A, kLast>(a, i, lanes) * load<T>(dout + i, lanes);
-        if (b != nullptr) {
-            v += value<A, kLast>(b, i, lanes) * (load<T>(x + i, lanes) - value<A, kLast>(center, i, lanes)) +
-                 value<A, kLast>(c, i, lanes);
-        }
-        if (mask != nullptr) v = where_valid<A>(mask + i, v, lanes);
-        store_out<kStream>(out + i, v, lanes);
-    });
-}
-
-// line(b, middle, start, n, mask, out) for the pieces first..last of all lines (of one channel, if a.channel names it),
-// a piece being kSpaceBlock elements of one. `mask` is that of a channels-first piece; an invalid channels-last line is
-// set to 0 here.
-template <class T, class Line>
-NORMKIT_INLINE void for_lines(const ChannelsAffine& a, int64_t first, int64_t last, const Line& line) {
-    const ChannelsShape& shape = a.shape;
-    const bool one = a.channel >= 0;
-    const int64_t middles = shape.channels_last ? shape.space : one ? a.channel + 1 : shape.channels;
-    const int64_t size = shape.channels_last ? shape.channels : shape.space;
-    const int64_t pieces = (size + kSpaceBlock - 1) / kSpaceBlock;
-    if (first == last) return;
-    int64_t start = first % pieces * kSpaceBlock, b = one ? first / pieces : first / pieces / middles;
-    int64_t middle = one ? a.channel : first / pieces % middles;
-    for (int64_t piece = first; piece < last; ++piece) {
-        const int64_t n = least(kSpaceBlock, size - start);
-        T* out = static_cast<T*>(a.out) + b * a.out_batch_stride + middle * a.out_line_stride + start;
-        const uint8_t* mask = shape.mask != nullptr ? shape.mask + b * shape.space : nullptr;
-        if (mask != nullptr && shape.channels_last && !mask[middle]) {
-            memset(out, 0, size_t(n) * sizeof(T));
-        } else {
-            line(b, middle, start, n, mask != nullptr && !shape.channels_last ? mask + start : nullptr, out);
-        }
-        start += kSpaceBlock;
-        if (start < size) continue;
-        start = 0;
-        if (++middle < middles) continue;
-        middle = one ? a.channel : 0;
-        ++b;
-    }
-}
-
-template <class T>
-void channels_affine(const ChannelsAffine& a, int64_t first, int64_t last) {
-    using A = Acc<T>;
-    const auto line = a.shape.channels_last ? affine_line<T, true, false> : affine_line<T, false, false>;
-    const auto streamed = a.shape.channels_last ? affine_line<T, true, true> : affine_line<T, false, true>;
-    for_lines<T>(a, first, last,
-                 [&](int64_t b, int64_t middle, int64_t start, int64_t n, const uint8_t* mask, T* out) NORMKIT_STEP {
-                     const int64_t channel = a.shape.channels_last ? start : middle;
-                     (a.stream && aligned(out) ? streamed : line)(
-                         line_at<T>(a.x, b, middle) + start, out, n, mask, values_at<A>(a.center, b) + channel,
-                         values_at<A>(a.scale, b) + channel, values_at<A>(a.shift, b) + channel);
-                 });
-    if (a.stream) end_stream();
-}
-
-template <class T>
-void channels_backward_affine(const ChannelsAffine& a, int64_t first, int64_t last) {
-    using A = Acc<T>;
-    const bool last_axis = a.shape.channels_last;
-    const auto line = last_axis ? backward_affine_line<T, true, false> : backward_affine_line<T, false, false>;
-    const auto streamed = last_axis ? backward_affine_line<T, true, true> : backward_affine_line<T, false, true>;
-    const bool fixed = a.b.data == nullptr;
-    for_lines<T>(
-        a, first, last,
-        [&](int64_t b, int64_t middle, int64_t start, int64_t n, const uint8_t* mask, T* out) NORMKIT_STEP {
-            const int64_t channel = a.shape.channels_last ? start : middle;
-            (a.stream && aligned(out) ? streamed : line)(
-                line_at<T>(a.dout, b, middle) + start, fixed ? nullptr : line_at<T>(a.x, b, middle) + start, out, n,
-                mask, values_at<A>(a.a, b) + channel, fixed ? nullptr : values_at<A>(a.center, b) + channel,
-                fixed ? nullptr : values_at<A>(a.b, b) + channel, fixed ? nullptr : values_at<A>(a.c, b) + channel);
-        });
-    if (a.stream) end_stream();
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -52,16 +52,18 @@ struct RowsBackward {
     void* dx;                // (R, D) contiguous, or null
     bool stream;             // dx is written past the caches
     void *dweight, *dbias;   // (row blocks, D) in the accumulation dtype; dbias only beside dweight; or null
+    bool narrow;             // only with one row: dweight and dbias are in x's dtype
     int64_t rows_per_block;  // rows that one line of dweight and dbias sums up
     Sums* partials;          // kRowGroup per block of a row; used when threads share rows
 };
 constexpr int kRowGroup = 4;  // rows taken together: the gain is read, and dweight read and written, once for them
 
-// out[j] = sum over `count` lines of lines[k][j], in the accumulation dtype.
+// out[j] = sum over `count` lines of lines[k][j], in the accumulation dtype or, if narrow, rounded from it to x's.
 struct LineSum {
     const void* lines;
     void* out;
     int64_t count, size;
+    bool narrow;
 };
 
 // (B, C, S) with one contiguous axis. channels_last: the line along C at (b, s); else the line along S at (b, c).
@@ -111,8 +113,8 @@ struct ChannelsAffine {
     ChannelValues a, b, c;               // backward: a * dout + b * (x - center) + c; without b, a * dout
     void* out;
     int64_t out_batch_stride, out_line_stride;
-    bool stream;           // out is written past the caches, where its lines are aligned
-    int64_t channel = -1;  // channels-first: only this one's lines are meant; -1: all of them
+    bool stream;                          // out is written past the caches, where its lines are aligned
+    int64_t first_channel, last_channel;  // channels-first: those that are meant
 };
 
 // A whole normalization by channels, and its gradients: moments, vectors and affine in one call. x, dout and out are
@@ -133,6 +135,7 @@ struct ChannelsNorm {
 struct Kernels {
     const char* name;
     void (*widen[kDtypes])(const void* source, double offset, void* target, int64_t n);  // null source: ones
+    void (*narrow[kDtypes])(const double* source, void* target, int64_t n);
     void (*rows_forward[kDtypes])(const RowsForward&, int64_t first, int64_t last, int threads);
     void (*rows_backward[kDtypes])(const RowsBackward&, int64_t first, int64_t last, int threads);
     void (*sum_lines[kDtypes])(const LineSum&, int64_t first, int64_t last);
@@ -161,7 +164,8 @@ void prefer_huge_pages(void* data, int64_t bytes);
 
 // rows.cpp, channels.cpp: the primitives. They fill in what their arguments leave open: gain, bias, partials, cuts.
 struct RowsBackwardResult {
-    void *dweight, *dbias;  // (D,) in the accumulation dtype, or null
+    void *dweight, *dbias;  // (D,) in the accumulation dtype or, if narrow, in x's; or null
+    bool narrow;
 };
 void rows_forward(RowsForward args, int dtype, int threads);
 void rows_backward(RowsBackward args, int dtype, RowsBackwardResult result, int threads);
@@ -171,8 +175,7 @@ void channels_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_normalize(const ChannelsNorm& args, int dtype, int threads);
 void channels_gradients(const ChannelsNorm& args, int dtype, int threads);
-// statistics.update_running on (C,) vectors: running of one dtype, float32 or float64, mean and m2 in float64.
-void update_running(void* running_mean, void* running_var, int dtype, int64_t channels, double momentum, int64_t count,
-                    const double* mean, const double* m2);
+// statistics.update_running for one of the (C,) averages, in place: of mean (divisor 1) or m2 (divisor count - 1).
+void update_running(void* running, int dtype, const double* batch, double divisor, double momentum, int64_t channels);
 
 }  // namespace normkit

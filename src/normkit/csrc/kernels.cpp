@@ -1,5 +1,6 @@
 // One instruction set's table of kernels; CMake compiles this file once per instruction set.
 // Read next: dispatch.cpp, which picks a table.
+#include "affine.h"
 #include "channels.h"
 #include "rows.h"
 
@@ -12,9 +13,10 @@ extern const Kernels table;
 const Kernels table = {
     NORMKIT_TEXT(NORMKIT_ISA),
     {widen<float>, widen<double>, widen<bfloat16>, widen<float16>},
+    {narrow<float, double>, narrow<double, double>, narrow<bfloat16, double>, narrow<float16, double>},
     {rows_forward<float>, rows_forward<double>, rows_forward<bfloat16>, rows_forward<float16>},
     {rows_backward<float>, rows_backward<double>, rows_backward<bfloat16>, rows_backward<float16>},
-    {sum_lines<float>, sum_lines<double>, sum_lines<float>, sum_lines<float>},
+    {sum_lines<float>, sum_lines<double>, sum_lines<bfloat16>, sum_lines<float16>},
     {channels_moments<float>, channels_moments<double>, channels_moments<bfloat16>, channels_moments<float16>},
     {channels_backward_moments<float>, channels_backward_moments<double>, channels_backward_moments<bfloat16>,
      channels_backward_moments<float16>},

@@ -60,7 +60,7 @@ void backward_rows(int dtype, int64_t rows, int64_t size,  //
     args.rstd = at(rstd);
     args.weight = {at(weight), weight_dtype, weight_offset};
     args.dx = at(dx);
-    rows_backward(args, dtype, {at(dweight), at(dbias)}, threads);
+    rows_backward(args, dtype, {at(dweight), at(dbias), false}, threads);
 }
 
 ChannelsShape shape_of(int64_t batch, int64_t channels, int64_t space, bool channels_last, Address mask) {
@@ -157,20 +157,14 @@ NB_MODULE(_core, m) {
     m.def("norm_now", &norm_now, none, none, none, none, none, none, nb::arg(), nb::arg());
     m.def("norm_recorded", &norm_recorded, none, none, none, none, nb::arg(), nb::arg(), nb::arg());
     m.def("norm_backward", &norm_backward, none, none, none, none, none, none, nb::arg(), nb::arg(), nb::arg(),
-          nb::arg());
+          nb::arg(), nb::arg());
     m.def("norm_backward_now", &norm_backward_now, none, none, none, none, none, none, nb::arg(), nb::arg(), nb::arg(),
-          nb::arg());
-    m.def("update_running",
-          nb::overload_cast<nb::handle, nb::handle, double, int64_t, nb::handle, nb::handle>(&update_running));
+          nb::arg(), nb::arg());
     m.def("set_block_limit", &set_block_limit);
     m.def("kept_bytes", &kept_bytes);
-    m.def("channels_normalize", nb::overload_cast<nb::handle, nb::handle, nb::handle, double>(&channels_normalize),
-          none, none, none, nb::arg());
-    m.def("channels_normalize_fixed", &channels_normalize_fixed, none, none, none, none, none, nb::arg());
-    m.def("channels_gradients",
-          nb::overload_cast<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, int64_t, bool, bool>(
-              &channels_gradients),
-          none, none, none, none, none, nb::arg(), nb::arg(), nb::arg());
+    m.def("batch_norm_now", &batch_norm_now, none, none, none, none, none, nb::arg(), nb::arg(), none);
+    m.def("batch_norm_backward_now", &batch_norm_backward_now, none, none, none, none, none, nb::arg(), nb::arg(),
+          nb::arg());
     m.def("isa", [] { return kernels().name; });
     m.def("isas", &isas);
     m.def("set_isa", &choose_isa);

@@ -72,9 +72,11 @@ void rows_backward(RowsBackward args, int dtype, RowsBackwardResult result, int 
     const bool sums = result.dweight != nullptr || result.dbias != nullptr;
     args.rows_per_block = sums ? rows_per_block(args.rows, args.size) : kRowGroup;
     const int64_t blocks = divide_up(args.rows, args.rows_per_block);
-    // One block of rows sums into the result itself. dbias is computed beside dweight, wanted or not.
+    // One block of rows sums into the result itself, in its dtype. dbias is computed beside dweight, wanted or not.
+    args.narrow = result.narrow && args.rows == 1;
+    const bool in_place = blocks == 1 && result.narrow == args.narrow;
     const auto lines = [&](void* of, Scratch<char>& memory) -> void* {
-        if (of != nullptr && blocks == 1) return of;
+        if (of != nullptr && in_place) return of;
         memory = scratch<char>(blocks * args.size * accumulation_bytes(dtype));
         return memory.get();
     };
@@ -91,10 +93,10 @@ void rows_backward(RowsBackward args, int dtype, RowsBackwardResult result, int 
         share(blocks, threads, [&](int64_t first, int64_t last) { compute(args, first, last, 1); });
     }
 
-    const LineSum dweight{args.dweight, result.dweight, blocks, args.size};
-    const LineSum dbias{args.dbias, result.dbias, blocks, args.size};
+    const LineSum dweight{args.dweight, result.dweight, blocks, args.size, result.narrow};
+    const LineSum dbias{args.dbias, result.dbias, blocks, args.size, result.narrow};
     for (const LineSum& sum : {dweight, dbias}) {
-        if (sum.out == nullptr || (blocks == 1 && args.rows > 0)) continue;
+        if (sum.out == nullptr || (in_place && args.rows > 0)) continue;
         share(args.size, useful_threads(threads, blocks * args.size),
               [&](int64_t first, int64_t last) { kernels().sum_lines[dtype](sum, first, last); });
     }

@@ -1,5 +1,5 @@
 // The arithmetic of row norms: out = (total - mean) * rstd * gain + bias along contiguous rows, and its gradient.
-// May include: core.h, vec.h, blocks.h. Compiled once per instruction set.
+// May include: core.h, steps.h, blocks.h. Compiled once per instruction set.
 // Read next: blocks.h, how a row is cut; rows.cpp, which splits the rows; reference.py, the same formulas in torch.
 #pragma once
 
@@ -33,24 +33,24 @@ NORMKIT_BLOCK void deviation_block(const NormRow<T>* rows, int64_t start, int64_
     const auto center = each<kRows>([&](int r) { return splat<A>(rows[r].center); });
     const A scale = rows[0].scale;
     static_assert(kRows == 1 || !kScaled, "rows with a scale go one by one");
-    Vec<A> sum[kRows][kChains] = {}, square[kRows][kChains] = {};
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+    Wide<T> sum[kRows][kChains<T>] = {}, square[kRows][kChains<T>] = {};
+    sweep<T>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            Vec<A> d = load<T>(x.of[r] + i, lanes);
+            Wide<T> d = load<T>(x.of[r] + i, lanes);
             if constexpr (kResidual) {
                 d = rounded<T>(d + load<T>(residual.of[r] + i, lanes));
                 store<T>(total.of[r] + i, d, lanes);
             }
             if constexpr (kScaled) d *= scale;
             if constexpr (kCentered) {
-                d = keep<A>(d - center.of[r], lanes);
-                sum[r][k % kChains] += d;
+                d = keep(d - center.of[r], lanes);
+                sum[r][k % kChains<T>] += d;
             }
-            square[r][k % kChains] += d * d;
+            square[r][k % kChains<T>] += d * d;
         }
     });
-    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes<A>(sum[r]), add_lanes<A>(square[r])};
+    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes(sum[r]), add_lanes(square[r])};
 }
 
 // Statistics take one pass about a center that a sample of the row gives: the mean of its first kSample elements. The
@@ -62,13 +62,13 @@ template <class T, bool kResidual>
 NORMKIT_INLINE void sample_center(NormRow<T>& row, int64_t size) {
     using A = Acc<T>;
     const int64_t m = size < kSample ? size : kSample;
-    Vec<A> sum[4] = {};
-    sweep<A>(m, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        Vec<A> v = load<T>(row.x + i, lanes);
+    Wide<T> sum[4] = {};
+    sweep<T>(m, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        Wide<T> v = load<T>(row.x + i, lanes);
         if constexpr (kResidual) v += load<T>(row.residual + i, lanes);
         sum[k] += v * row.scale;
     });
-    row.center = A(add_lanes<A>(sum) / double(m));
+    row.center = A(add_lanes(sum) / double(m));
 }
 
 // var and mean from mean(d) and mean(d^2).
@@ -141,23 +141,24 @@ NORMKIT_BLOCK void rescue(const RowsForward& a, NormRow<T>& row, int threads) {
 // out = ((x * scale - center) * rstd + offset) * gain + shift.
 template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream, bool kScaled>
 NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain,
-                                const Acc<T>* shift, T* const* results, int64_t offset_in_results) {
+                                const Acc<T>* shift) {
     using A = Acc<T>;
     const auto x = each<kRows>([&](int r) { return rows[r].x + start; });
-    const auto out = each<kRows>([&](int r) { return results[r] + offset_in_results; });
+    const auto out = each<kRows>([&](int r) { return rows[r].out + start; });
     const auto next_x = each<kRows>([&](int r) { return rows[r].next_x + start; });
     const auto next_residual = each<kRows>([&](int r) { return kResidual ? rows[r].next_residual + start : nullptr; });
     const auto center = each<kRows>([&](int r) { return splat<A>(rows[r].center); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
     const auto offset = each<kRows>([&](int r) { return splat<A>(rows[r].offset); });
     const A scale = rows[0].scale;
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        const Vec<A> gain_i = load<A>(gain + i, lanes), shift_i = kShift ? load<A>(shift + i, lanes) : Vec<A>{};
+    sweep<T>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Wide<T> gain_i = load_wide<T>(gain + i, lanes),
+                      shift_i = kShift ? load_wide<T>(shift + i, lanes) : Wide<T>{};
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            prefetch<T>(next_x.of[r], i, k);
-            if constexpr (kResidual) prefetch<T>(next_residual.of[r], i, k);
-            Vec<A> v = load<T>(x.of[r] + i, lanes);
+            prefetch<T>(next_x.of[r], i);
+            if constexpr (kResidual) prefetch<T>(next_residual.of[r], i);
+            Wide<T> v = load<T>(x.of[r] + i, lanes);
             if constexpr (kScaled) v *= scale;
             v = kCentered ? (v - center.of[r]) * rstd.of[r] + offset.of[r] : v * rstd.of[r];
             v = kShift ? v * gain_i + shift_i : v * gain_i;
@@ -168,15 +169,13 @@ NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n
 
 template <class T, int kRows, bool kCentered, bool kResidual, bool kShift, bool kStream, bool kScaled>
 void affine_rows(const RowsForward& a, const NormRow<T>* rows, int threads) {
-    T* outs[kRows];
-    for (int r = 0; r < kRows; ++r) outs[r] = rows[r].out;
     for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
-        Acc<T> buffers[2][kRowBlock];
-        const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffers[0]);
-        const Acc<T>* shift = kShift ? weight_block<T>(a.bias, a.shift, start, n, buffers[1]) : nullptr;
-        write_rows<T, kRows, kStream>(outs, start, n, [&](int64_t i, int64_t m, T* const* results, int64_t at) {
-            affine_block<T, kRows, kCentered, kResidual, kShift, kStream, kScaled>(
-                rows, i, m, gain + (i - start), kShift ? shift + (i - start) : nullptr, results, at);
+        Acc<T> buffers[2][kWeightPiece];
+        const bool wide = a.gain != nullptr && (!kShift || a.shift != nullptr);
+        for_pieces(start, n, wide, [&](int64_t at, int64_t m) {
+            const Acc<T>* gain = weight_piece<T>(a.weight, a.gain, at, m, buffers[0]);
+            const Acc<T>* shift = kShift ? weight_piece<T>(a.bias, a.shift, at, m, buffers[1]) : nullptr;
+            affine_block<T, kRows, kCentered, kResidual, kShift, kStream, kScaled>(rows, at, m, gain, shift);
         });
         if (kStream && threads > 1) end_stream();
     });
@@ -252,48 +251,47 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
     const auto next_dout = each<kRows>([&](int r) { return rows[r].next_dout + start; });
     const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
-    Vec<A> sum[kRows][kChains] = {}, products[kRows][kChains] = {};
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        const Vec<A> gain_i = load<A>(gain + i, lanes);
-        Vec<A> dweight_i = kWeight ? load<A>(dweight + i, lanes) : Vec<A>{};
-        Vec<A> dbias_i = kBias ? load<A>(dbias + i, lanes) : Vec<A>{};
+    Wide<T> sum[kRows][kChains<T>] = {}, products[kRows][kChains<T>] = {};
+    sweep<T>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        const Wide<T> gain_i = load_wide<T>(gain + i, lanes);
+        Wide<T> dweight_i = kWeight ? load_wide<T>(dweight + i, lanes) : Wide<T>{};
+        Wide<T> dbias_i = kBias ? load_wide<T>(dbias + i, lanes) : Wide<T>{};
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            prefetch<T>(next_dout.of[r], i, k);
-            const Vec<A> d = load<T>(dout.of[r] + i, lanes), t = load<T>(total.of[r] + i, lanes);
-            const Vec<A> xhat = keep<A>((kCentered ? t - mean.of[r] : t) * rstd.of[r], lanes);
+            prefetch<T>(next_dout.of[r], i);
+            const Wide<T> d = load<T>(dout.of[r] + i, lanes), t = load<T>(total.of[r] + i, lanes);
+            const Wide<T> xhat = keep((kCentered ? t - mean.of[r] : t) * rstd.of[r], lanes);
             if constexpr (kWeight) dweight_i += d * xhat;
             if constexpr (kBias) dbias_i += d;
-            const Vec<A> g = product(d, gain_i);
-            if constexpr (kCentered) sum[r][k % kChains] += g;
-            products[r][k % kChains] += g * xhat;
+            const Wide<T> g = product(d, gain_i);
+            if constexpr (kCentered) sum[r][k % kChains<T>] += g;
+            products[r][k % kChains<T>] += g * xhat;
         }
-        if constexpr (kWeight) store<A>(dweight + i, dweight_i, lanes);
-        if constexpr (kBias) store<A>(dbias + i, dbias_i, lanes);
+        if constexpr (kWeight) store_wide<T>(dweight + i, dweight_i, lanes);
+        if constexpr (kBias) store_wide<T>(dbias + i, dbias_i, lanes);
     });
-    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes<A>(sum[r]), add_lanes<A>(products[r])};
+    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes(sum[r]), add_lanes(products[r])};
 }
 
 // dx = rstd * (g - mean_g - xhat * mean_g_xhat) + dtotal, rounded once.
 template <class T, int kRows, bool kCentered, bool kTotal, bool kStream>
-NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain, T* const* results,
-                            int64_t offset_in_results) {
+NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n, const Acc<T>* gain) {
     using A = Acc<T>;
     const auto dout = each<kRows>([&](int r) { return rows[r].dout + start; });
     const auto total = each<kRows>([&](int r) { return rows[r].total + start; });
     const auto dtotal = each<kRows>([&](int r) { return kTotal ? rows[r].dtotal + start : nullptr; });
-    const auto dx = each<kRows>([&](int r) { return results[r] + offset_in_results; });
+    const auto dx = each<kRows>([&](int r) { return rows[r].dx + start; });
     const auto next_total = each<kRows>([&](int r) { return rows[r].next_total + start; });
     const auto mean = each<kRows>([&](int r) { return splat<A>(rows[r].mean); });
     const auto rstd = each<kRows>([&](int r) { return splat<A>(rows[r].rstd); });
     const auto slope = each<kRows>([&](int r) { return splat<A>(rows[r].slope); });
     const auto mean_g = each<kRows>([&](int r) { return splat<A>(rows[r].mean_g); });
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        const Vec<A> gain_i = load<A>(gain + i, lanes);
+    sweep<T>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Wide<T> gain_i = load_wide<T>(gain + i, lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            prefetch<T>(next_total.of[r], i, k);
-            Vec<A> v = product(load<T>(dout.of[r] + i, lanes), gain_i), t = load<T>(total.of[r] + i, lanes);
+            prefetch<T>(next_total.of[r], i);
+            Wide<T> v = product(load<T>(dout.of[r] + i, lanes), gain_i), t = load<T>(total.of[r] + i, lanes);
             if constexpr (kCentered) {
                 v -= mean_g.of[r];
                 t -= mean.of[r];
@@ -321,8 +319,8 @@ struct Extreme {
         }
     }
     template <class Lanes>
-    NORMKIT_INLINE Vec<Acc<T>> xhat(int64_t i, Lanes lanes) const {
-        return keep<Acc<T>>((load<T>(row.total + i, lanes) * factor - offset) * outer, lanes);
+    NORMKIT_INLINE Wide<T> xhat(int64_t i, Lanes lanes) const {
+        return keep((load<T>(row.total + i, lanes) * factor - offset) * outer, lanes);
     }
     static bool is(Acc<T> rstd) { return !(rstd > Acc<T>(0x1p-50) && rstd < Acc<T>(0x1p50)); }
 };
@@ -330,27 +328,25 @@ struct Extreme {
 template <class T>
 NORMKIT_BLOCK void extreme_gradient_block(const GradientRow<T>& row, int64_t start, int64_t n, const Acc<T>* gain,
                                           Acc<T>* dweight, Acc<T>* dbias, Sums* sums) {
-    using A = Acc<T>;
     const Extreme<T> extreme(row);
-    Vec<A> sum[kChains] = {}, products[kChains] = {};
-    sweep<A>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        const Vec<A> d = load<T>(row.dout + start + i, lanes), xhat = extreme.xhat(start + i, lanes);
-        if (dweight != nullptr) store<A>(dweight + i, load<A>(dweight + i, lanes) + d * xhat, lanes);
-        if (dbias != nullptr) store<A>(dbias + i, load<A>(dbias + i, lanes) + d, lanes);
-        const Vec<A> g = product(d, load<A>(gain + i, lanes));
-        sum[k % kChains] += g;
-        products[k % kChains] += g * xhat;
+    Wide<T> sum[kChains<T>] = {}, products[kChains<T>] = {};
+    sweep<T>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        const Wide<T> d = load<T>(row.dout + start + i, lanes), xhat = extreme.xhat(start + i, lanes);
+        if (dweight != nullptr) store_wide<T>(dweight + i, load_wide<T>(dweight + i, lanes) + d * xhat, lanes);
+        if (dbias != nullptr) store_wide<T>(dbias + i, load_wide<T>(dbias + i, lanes) + d, lanes);
+        const Wide<T> g = product(d, load_wide<T>(gain + i, lanes));
+        sum[k % kChains<T>] += g;
+        products[k % kChains<T>] += g * xhat;
     });
-    *sums = {add_lanes<A>(sum), add_lanes<A>(products)};
+    *sums = {add_lanes(sum), add_lanes(products)};
 }
 
 template <class T>
 NORMKIT_BLOCK void extreme_dx_block(const GradientRow<T>& row, int64_t start, int64_t n, const Acc<T>* gain) {
-    using A = Acc<T>;
     const Extreme<T> extreme(row);
-    sweep<A>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        const Vec<A> g = product(load<T>(row.dout + start + i, lanes), load<A>(gain + i, lanes));
-        Vec<A> v = (g - row.mean_g - extreme.xhat(start + i, lanes) * row.mean_g_xhat) * row.rstd;
+    sweep<T>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
+        const Wide<T> g = product(load<T>(row.dout + start + i, lanes), load_wide<T>(gain + i, lanes));
+        Wide<T> v = (g - row.mean_g - extreme.xhat(start + i, lanes) * row.mean_g_xhat) * row.rstd;
         if (row.dtotal != nullptr) v += load<T>(row.dtotal + start + i, lanes);
         store<T>(row.dx + start + i, v, lanes);
     });
@@ -358,17 +354,16 @@ NORMKIT_BLOCK void extreme_dx_block(const GradientRow<T>& row, int64_t start, in
 
 template <class T, int kRows, bool kCentered, bool kStream>
 void dx_rows(const RowsBackward& a, const GradientRow<T>* rows, bool extreme, int threads) {
-    T* dxs[kRows];
-    for (int r = 0; r < kRows; ++r) dxs[r] = rows[r].dx;
     for_blocks(a.size, threads, [&](int64_t start, int64_t n) {
-        Acc<T> buffer[kRowBlock];
-        const Acc<T>* gain = weight_block<T>(a.weight, a.gain, start, n, buffer);
-        if (kRows == 1 && extreme) return extreme_dx_block<T>(rows[0], start, n, gain);
-        write_rows<T, kRows, kStream>(dxs, start, n, [&](int64_t i, int64_t m, T* const* results, int64_t at) {
-            if (a.dtotal.data != nullptr) {
-                dx_block<T, kRows, kCentered, true, kStream>(rows, i, m, gain + (i - start), results, at);
+        Acc<T> buffer[kWeightPiece];
+        for_pieces(start, n, a.gain != nullptr, [&](int64_t at, int64_t m) {
+            const Acc<T>* gain = weight_piece<T>(a.weight, a.gain, at, m, buffer);
+            if (kRows == 1 && extreme) {
+                extreme_dx_block<T>(rows[0], at, m, gain);
+            } else if (a.dtotal.data != nullptr) {
+                dx_block<T, kRows, kCentered, true, kStream>(rows, at, m, gain);
             } else {
-                dx_block<T, kRows, kCentered, false, kStream>(rows, i, m, gain + (i - start), results, at);
+                dx_block<T, kRows, kCentered, false, kStream>(rows, at, m, gain);
             }
         });
         if (kStream && threads > 1) end_stream();
@@ -404,9 +399,11 @@ void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* d
     }
     Sums sums[kRows] = {};
     sum_blocks<kRows>(a.size, threads, a.partials, sums, [&](int64_t start, int64_t n, Sums* part) {
-        A buffer[kRowBlock];
-        const A* gain = weight_block<T>(a.weight, a.gain, start, n, buffer);
-        A *dweight_block = kWeight ? dweight + start : nullptr, *dbias_block = kBias ? dbias + start : nullptr;
+        A buffer[kRowBlock], dweight_own[kRowBlock], dbias_own[kRowBlock];
+        const A* gain = weight_piece<T>(a.weight, a.gain, start, n, buffer);
+        A *dweight_block = nullptr, *dbias_block = nullptr;
+        if (kWeight) dweight_block = a.narrow ? dweight_own : dweight + start;
+        if (kBias) dbias_block = a.narrow ? dbias_own : dbias + start;
         if (kWeight && fresh) memset(dweight_block, 0, size_t(n) * sizeof(A));
         if (kBias && fresh) memset(dbias_block, 0, size_t(n) * sizeof(A));
         if (kRows == 1 && extreme) {
@@ -414,6 +411,8 @@ void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* d
         } else {
             gradient_block<T, kRows, kCentered, kWeight, kBias>(rows, start, n, gain, dweight_block, dbias_block, part);
         }
+        if (kWeight && a.narrow) narrow<T>(dweight_own, static_cast<T*>(a.dweight) + start, n);
+        if (kBias && a.narrow) narrow<T>(dbias_own, static_cast<T*>(a.dbias) + start, n);
     });
     if (a.dx == nullptr) return;
     for (int k = 0; k < kRows; ++k) {
@@ -455,8 +454,9 @@ void rows_backward(const RowsBackward& a, int64_t first, int64_t last, int threa
 }
 
 // The sum of all lines, in their order, in double; columns first..last.
-template <class A>
+template <class T>
 void sum_lines(const LineSum& a, int64_t first, int64_t last) {
+    using A = Acc<T>;
     constexpr int64_t kColumns = 256;
     for (int64_t start = first; start < last; start += kColumns) {
         double sums[kColumns] = {};
@@ -464,7 +464,11 @@ void sum_lines(const LineSum& a, int64_t first, int64_t last) {
         const A* line = static_cast<const A*>(a.lines) + start;
         for (int64_t k = 0; k < a.count; ++k, line += a.size)
             for (int64_t i = 0; i < n; ++i) sums[i] += double(line[i]);
-        for (int64_t i = 0; i < n; ++i) static_cast<A*>(a.out)[start + i] = A(sums[i]);
+        if (a.narrow) {
+            narrow<T>(sums, static_cast<T*>(a.out) + start, n);
+        } else {
+            narrow<A>(sums, static_cast<A*>(a.out) + start, n);
+        }
     }
 }
 

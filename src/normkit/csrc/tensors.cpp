@@ -50,8 +50,8 @@ struct Torch {
     const ExchangeApi* api;
     PyTypeObject *tensor, *parameter;
     PyObject *is_grad_enabled, *dispatch_modes, *function_modes, *transforms, *tracing, *num_threads, *empty_like;
-    PyObject *forward_ad, *profiler, *forced, *recorders;
-    PyObject *is_neg, *requires_grad, *level, *profiling, *get;  // names
+    PyObject *forward_ad, *profiler, *forced, *recorders, *increment_version, *is_inference_enabled;
+    PyObject *is_neg, *is_inference, *requires_grad, *level, *profiling, *get;  // names
 } torch;
 
 PyObject* call(PyObject* function) { return PyObject_CallNoArgs(function); }
@@ -124,6 +124,9 @@ void bind_torch(nb::dict functions) {
     torch.profiler = take("profiler");
     torch.forced = take("forced");
     torch.recorders = take("recorders");
+    torch.increment_version = take("increment_version");
+    torch.is_inference_enabled = take("is_inference_enabled");
+    torch.is_inference = PyUnicode_InternFromString("is_inference");
     torch.is_neg = PyUnicode_InternFromString("is_neg");
     torch.requires_grad = PyUnicode_InternFromString("requires_grad");
     torch.level = PyUnicode_InternFromString("_current_level");
@@ -182,6 +185,19 @@ nb::object record_norm(nb::handle x, nb::handle residual, nb::handle weight, nb:
     const nb::object recorder = nb::borrow(torch.recorders)["norm"];
     return recorder(x, residual, weight, bias, computed, eps, centered, weight_offset);
 }
+
+nb::object record_batch_norm(nb::handle x, nb::handle weight, nb::handle bias, nb::handle mean, nb::handle rstd,
+                             int64_t count, double eps, nb::handle out) {
+    const nb::object recorder = nb::borrow(torch.recorders)["batch_norm"];
+    return recorder(x, weight, bias, mean, rstd, count, eps, out);
+}
+
+bool refuses_update(nb::handle tensor) {
+    return is_true(PyObject_CallMethodNoArgs(tensor.ptr(), torch.is_inference)) &&
+           !is_true(call(torch.is_inference_enabled));
+}
+
+void count_update(nb::handle a, nb::handle b) { (void)nb::borrow(torch.increment_version)(nb::make_tuple(a, b)); }
 
 // A tensor of this shape, these strides and dtype in the block.
 static nb::object block_tensor(const DLTensor& like, Block block) {

@@ -57,6 +57,14 @@ bool wants_gradient(nb::handle a, nb::handle b, nb::handle c, nb::handle d);  //
 nb::object record_norm(nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias, nb::handle computed,
                        double eps, bool centered, double weight_offset);
 
+// autograd.py's record_channel_norm in the same way: `out` becomes a node.
+nb::object record_batch_norm(nb::handle x, nb::handle weight, nb::handle bias, nb::handle mean, nb::handle rstd,
+                             int64_t count, double eps, nb::handle out);
+
+// Of torch's rules for writing to a tensor in place: inference tensors only in inference mode, and autograd is told.
+bool refuses_update(nb::handle tensor);
+void count_update(nb::handle a, nb::handle b);
+
 // New memory of the tensor's shape, dtype and memory format, and where it lies. Large ones are blocks of memory.h.
 nb::object empty_like(nb::handle tensor, const TensorView& view, void** data);
 // New memory of torch's; the dtypes are core.h's.

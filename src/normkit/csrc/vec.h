@@ -1,8 +1,8 @@
-// Vectors of the native width, conversion between storage and accumulation dtypes, and the one place for the tail.
+// Vectors of the native width, conversion between storage and accumulation dtypes, and the tail of a line.
 // May include: C headers and, for float16, the compiler's intrinsics. Compiled once per instruction set: everything
 // lives in a namespace of that name, and no std template is used, so that AVX-512 code can never be linked into the
 // baseline path under a shared symbol.
-// Read next: rows.h.
+// Read next: steps.h.
 #pragma once
 
 #include <stdint.h>
@@ -73,30 +73,9 @@ template <class T>
 using Acc = typename AccumulationOf<T>::type;
 
 // ------------------------------------------------------------------------------- storage dtype <-> vector
-// `Packed<T>` is what lies in memory for one vector of T.
-
-template <class T>
-struct PackedOf {
-    using type = Types<float>::Half;
-};
-template <>
-struct PackedOf<float> {
-    using type = Vec<float>;
-};
-template <>
-struct PackedOf<double> {
-    using type = Vec<double>;
-};
-template <class T>
-using Packed = typename PackedOf<T>::type;
 
 using Bits = Types<float>::Unsigned;
-using Half = Types<float>::Half;
-
-NORMKIT_INLINE Vec<float> unpack(Vec<float> v, float) { return v; }
-NORMKIT_INLINE Vec<double> unpack(Vec<double> v, double) { return v; }
-NORMKIT_INLINE Vec<float> pack(Vec<float> v, float) { return v; }
-NORMKIT_INLINE Vec<double> pack(Vec<double> v, double) { return v; }
+using Half = Types<float>::Half;  // what lies in memory for one vector of a half type
 
 // GCC makes four instructions of __builtin_convertvector where the processor has one. The masked forms: GCC 12's
 // headers give false warnings about the plain ones, and the instruction is the same.
@@ -120,16 +99,7 @@ NORMKIT_INLINE Half round_to_bfloat16(Vec<float> v) {
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return truncate(v == v ? rounded : (bits >> 16) | 0x40);
 }
-#if defined(__AVX512BF16__)
-// The processor's own conversion gives the same bits, but takes denormals for zero: those are asked for first.
-NORMKIT_INLINE Half pack(Vec<float> v, bfloat16) {
-    constexpr int kDenormal = 0x20;
-    if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kDenormal) != 0, 0)) return round_to_bfloat16(v);
-    return (Half)_mm512_cvtneps_pbh((__m512)v);
-}
-#else
 NORMKIT_INLINE Half pack(Vec<float> v, bfloat16) { return round_to_bfloat16(v); }
-#endif
 
 #if defined(__AVX512F__)
 NORMKIT_INLINE Vec<float> unpack(Half raw, float16) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)raw); }
@@ -168,209 +138,78 @@ NORMKIT_INLINE Half pack(Vec<float> v, float16) {
 // A step of a sweep gets `Full`, or at the end of the line `Partial` with fewer lanes than a vector has. Absent lanes
 // read 0 and are not written. AVX-512 has masks for that, which took a row of 17 floats from 150 to 60 ns.
 
-struct Full {};
+struct Full {
+    static constexpr bool kAll = true;
+};
 struct Partial {
+    static constexpr bool kAll = false;
     int n;
 };
 
-template <class T>
-NORMKIT_INLINE Packed<T> read(const T* p, Full) {
-    Packed<T> raw;
-    memcpy(&raw, p, sizeof raw);
-    return raw;
-}
-template <class T>
-NORMKIT_INLINE void write(T* p, Packed<T> raw, Full) {
-    memcpy(p, &raw, sizeof raw);
-}
-
 #if defined(__AVX512F__)
-NORMKIT_INLINE unsigned bits_of(Partial lanes) { return (1u << lanes.n) - 1; }
+NORMKIT_INLINE unsigned bits_of(Partial lanes) { return unsigned((uint64_t(1) << lanes.n) - 1); }
 
-template <class T>
-NORMKIT_INLINE Packed<T> read(const T* p, Partial lanes) {
-    if constexpr (sizeof(T) == 2) return (Packed<T>)_mm256_maskz_loadu_epi16(__mmask16(bits_of(lanes)), p);
-    if constexpr (sizeof(T) == 4) return (Packed<T>)_mm512_maskz_loadu_ps(__mmask16(bits_of(lanes)), p);
-    if constexpr (sizeof(T) == 8) return (Packed<T>)_mm512_maskz_loadu_pd(__mmask8(bits_of(lanes)), p);
+NORMKIT_INLINE Vec<float> read(const float* p, Partial lanes) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(bits_of(lanes)), p);
 }
-template <class T>
-NORMKIT_INLINE void write(T* p, Packed<T> raw, Partial lanes) {
-    if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(bits_of(lanes)), (__m256i)raw);
-    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(bits_of(lanes)), (__m512)raw);
-    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(bits_of(lanes)), (__m512d)raw);
+NORMKIT_INLINE Vec<double> read(const double* p, Partial lanes) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(bits_of(lanes)), p);
 }
-template <class A>
-NORMKIT_INLINE Vec<A> keep(Vec<A> v, Partial lanes) {
-    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_maskz_mov_ps(__mmask16(bits_of(lanes)), (__m512)v);
-    if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_maskz_mov_pd(__mmask8(bits_of(lanes)), (__m512d)v);
+NORMKIT_INLINE void write(float* p, Vec<float> v, Partial lanes) {
+    _mm512_mask_storeu_ps(p, __mmask16(bits_of(lanes)), (__m512)v);
+}
+NORMKIT_INLINE void write(double* p, Vec<double> v, Partial lanes) {
+    _mm512_mask_storeu_pd(p, __mmask8(bits_of(lanes)), (__m512d)v);
+}
+NORMKIT_INLINE Vec<float> keep(Vec<float> v, Partial lanes) {
+    return (Vec<float>)_mm512_maskz_mov_ps(__mmask16(bits_of(lanes)), (__m512)v);
+}
+NORMKIT_INLINE Vec<double> keep(Vec<double> v, Partial lanes) {
+    return (Vec<double>)_mm512_maskz_mov_pd(__mmask8(bits_of(lanes)), (__m512d)v);
 }
 #else
-template <class T>
-NORMKIT_INLINE Packed<T> read(const T* p, Partial lanes) {
-    T padded[kLanes<Acc<T>>] = {};
+template <class V, class T>
+NORMKIT_INLINE V read_partial(const T* p, Partial lanes) {
+    T padded[sizeof(V) / sizeof(T)] = {};
     for (int i = 0; i < lanes.n; ++i) padded[i] = p[i];
-    return read<T>(padded, Full{});
+    V v;
+    memcpy(&v, padded, sizeof v);
+    return v;
 }
-template <class T>
-NORMKIT_INLINE void write(T* p, Packed<T> raw, Partial lanes) {
-    T padded[kLanes<Acc<T>>];
-    write<T>(padded, raw, Full{});
+template <class V, class T>
+NORMKIT_INLINE void write_partial(T* p, V v, Partial lanes) {
+    T padded[sizeof(V) / sizeof(T)];
+    memcpy(padded, &v, sizeof v);
     for (int i = 0; i < lanes.n; ++i) p[i] = padded[i];
 }
+NORMKIT_INLINE Vec<float> read(const float* p, Partial lanes) { return read_partial<Vec<float>>(p, lanes); }
+NORMKIT_INLINE Vec<double> read(const double* p, Partial lanes) { return read_partial<Vec<double>>(p, lanes); }
+NORMKIT_INLINE void write(float* p, Vec<float> v, Partial lanes) { write_partial(p, v, lanes); }
+NORMKIT_INLINE void write(double* p, Vec<double> v, Partial lanes) { write_partial(p, v, lanes); }
 template <class A>
-NORMKIT_INLINE Vec<A> keep(Vec<A> v, Partial lanes) {
+NORMKIT_INLINE typename Types<A>::Vector keep_lanes(typename Types<A>::Vector v, Partial lanes) {
     typename Types<A>::Signed present;
     for (int i = 0; i < kLanes<A>; ++i) present[i] = i < lanes.n ? -1 : 0;
     return present ? v : Vec<A>{};
 }
+NORMKIT_INLINE Vec<float> keep(Vec<float> v, Partial lanes) { return keep_lanes<float>(v, lanes); }
+NORMKIT_INLINE Vec<double> keep(Vec<double> v, Partial lanes) { return keep_lanes<double>(v, lanes); }
 #endif
-template <class A>
-NORMKIT_INLINE Vec<A> keep(Vec<A> v, Full) {
+template <class V>
+NORMKIT_INLINE V keep(V v, Full) {
     return v;
 }
-
-template <class T, class Lanes>
-NORMKIT_INLINE Vec<Acc<T>> load(const T* p, Lanes lanes) {
-    return unpack(read<T>(p, lanes), T{});
+template <class V, class T>
+NORMKIT_INLINE V read_full(const T* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
-template <class T, class Lanes>
-NORMKIT_INLINE void store(T* p, Vec<Acc<T>> v, Lanes lanes) {
-    write<T>(p, pack(v, T{}), lanes);
-}
-
-NORMKIT_INLINE int lane_count(Partial lanes, int) { return lanes.n; }
-NORMKIT_INLINE int lane_count(Full, int all) { return all; }
-
-template <class A, class Lanes>
-NORMKIT_INLINE Vec<A> where_valid(const uint8_t* mask, Vec<A> v, Lanes lanes) {  // 0 elsewhere, whatever stood there
-    typename Types<A>::Lane valid[kLanes<A>] = {};
-    for (int i = 0, n = lane_count(lanes, kLanes<A>); i < n; ++i) valid[i] = mask[i] ? -1 : 0;
-    typename Types<A>::Signed chosen;
-    memcpy(&chosen, valid, sizeof chosen);
-    return chosen ? v : Vec<A>{};
-}
-
-// As store, but past the caches if kStream: the line is not read first, which a copy of 64 MiB showed to be 0.74 of the
-// time, and does not displace others. Not for half types: a vector of them is half a line, and filling lines by halves
-// took 1.5 times as long as not streaming; see stream_copy. p must be aligned to the vector; end_stream() orders what
-// was written so.
-template <bool kStream, class T, class Lanes>
-NORMKIT_INLINE void store_out(T* p, Vec<Acc<T>> v, Lanes lanes) {
-    store<T>(p, v, lanes);
-}
-#if defined(__SSE2__)
-NORMKIT_INLINE void write_past(void* p, Vec<float> v) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
-#elif defined(__AVX2__)
-    _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
-#else
-    _mm_stream_ps(static_cast<float*>(p), (__m128)v);
-#endif
-}
-template <bool kStream, class T>
-NORMKIT_INLINE void store_out(T* p, Vec<Acc<T>> v, Full lanes) {
-    if constexpr (kStream && sizeof(T) == sizeof(Acc<T>)) {
-        write_past(p, (Vec<float>)v);
-    } else {
-        store<T>(p, v, lanes);
-    }
-}
-NORMKIT_INLINE void end_stream() { _mm_sfence(); }
-#else
-NORMKIT_INLINE void write_past(void* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
-NORMKIT_INLINE void end_stream() {}
-#endif
-
-// Copies n elements past the caches, whole vectors of bytes to a target that is aligned to them.
-template <class T>
-NORMKIT_INLINE void stream_copy(const T* source, T* target, int64_t n) {
-    for (int64_t i = 0; i < n; i += kVectorBytes / int64_t(sizeof(T))) {
-        Vec<float> v;
-        memcpy(&v, source + i, sizeof v);
-        write_past(target + i, v);
-    }
-}
-
-// Ask for the line at p + i, once per line, in step k of a sweep. No fault where there is no memory.
-template <class T>
-NORMKIT_INLINE void prefetch(const T* p, int64_t i, int k) {
-    if (sizeof(T) == sizeof(Acc<T>) || k % 2 == 0) __builtin_prefetch(p + i, 0, 2);
-}
-
-// step(index, accumulator 0..3, lanes) over n elements; four accumulators hide the latency of an addition.
-template <class A, class Step>
-NORMKIT_INLINE void sweep(int64_t n, const Step& step) {
-    constexpr int kWidth = kLanes<A>;
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-        step(i, 0, Full{});
-        step(i + kWidth, 1, Full{});
-        step(i + 2 * kWidth, 2, Full{});
-        step(i + 3 * kWidth, 3, Full{});
-    }
-    for (; i + kWidth <= n; i += kWidth) step(i, 0, Full{});
-    if (i < n) step(i, 0, Partial{int(n - i)});
-}
-
-// ---------------------------------------------------------------------------------------------- helpers
-
-template <class A>
-NORMKIT_INLINE Vec<A> splat(A value) {
-    return value - Vec<A>{};
-}
-
-// The product as a value of its own, not as a part of a fused multiply-add: what cancels with it later was rounded too.
-template <class V>
-NORMKIT_INLINE V product(V a, V b) {
-    V p = a * b;
-#if defined(__AVX512F__)
-    asm("" : "+v"(p));
-#elif defined(__SSE2__)
-    asm("" : "+x"(p));
-#elif defined(__aarch64__)
-    asm("" : "+w"(p));
-#endif
-    return p;
-}
-
-template <class T>
-NORMKIT_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {  // as it will be read back from storage
-    return unpack(pack(v, T{}), T{});
-}
-
-template <class A, int kBytes>
-struct VectorOf {
-    typedef A type __attribute__((vector_size(kBytes)));
-};
-template <class A, int kBytes>
-NORMKIT_INLINE A add_halves(typename VectorOf<A, kBytes>::type v) {
-    if constexpr (kBytes == 2 * sizeof(A)) {
-        return v[0] + v[1];
-    } else {
-        typename VectorOf<A, kBytes / 2>::type low, high;
-        memcpy(&low, &v, sizeof low);
-        memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-        return add_halves<A, kBytes / 2>(low + high);
-    }
-}
-template <class A>
-NORMKIT_INLINE double add_lanes(const Vec<A> (&v)[4]) {
-    return double(add_halves<A, kVectorBytes>((v[0] + v[1]) + (v[2] + v[3])));
-}
-template <class A>
-NORMKIT_INLINE double add_lanes(const Vec<A> (&v)[2]) {
-    return double(add_halves<A, kVectorBytes>(v[0] + v[1]));
-}
-
-template <class T>
-NORMKIT_INLINE Acc<T> scalar(const T* p) {
-    return load<T>(p, Partial{1})[0];
-}
-
-template <class A>
-NORMKIT_INLINE bool finite(A value) {
-    return value - value == 0;
+NORMKIT_INLINE Vec<float> read(const float* p, Full) { return read_full<Vec<float>>(p); }
+NORMKIT_INLINE Vec<double> read(const double* p, Full) { return read_full<Vec<double>>(p); }
+template <class V, class T>
+NORMKIT_INLINE void write(T* p, V v, Full) {
+    memcpy(p, &v, sizeof v);
 }
 
 }  // namespace normkit::NORMKIT_ISA

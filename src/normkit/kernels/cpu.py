@@ -46,6 +46,8 @@ else:
                 "profiler": profiler,
                 "forced": forced,
                 "recorders": recorders,
+                "increment_version": torch.autograd.graph.increment_version,
+                "is_inference_enabled": torch.is_inference_mode_enabled,
             }
         )
 
@@ -57,10 +59,14 @@ def _never(*arguments: object) -> None:
 # norm_now(x, residual, normalized_shape, weight, bias, eps, centered, weight_offset): a row norm checked and computed
 # at once, and recorded where a gradient is wanted; out, or (out, total) with a residual. None where that cannot be: a
 # tracer, transform, mode, profiler or another backend is in force, or an argument is not plain, or wrong. Not to be
-# called while torch.compile traces. norm_backward_now is `rows_backward` in the same way. No defs: a frame would cost
-# 0.1 us of a call that takes 3.
+# called while torch.compile traces. norm_backward_now is `rows_backward` in the same way.
+# batch_norm_now(x, running_mean, running_var, weight, bias, training, momentum, eps) and batch_norm_backward_now are
+# the same for BatchNorm: channels that fit a core's cache are read from memory once. No defs: a frame would cost 0.1 us
+# of a call that takes 3.
 norm_now: Callable[..., Any] = _never if _off else _core.norm_now
 norm_backward_now: Callable[..., Any] = _never if _off else _core.norm_backward_now
+batch_norm_now: Callable[..., Any] = _never if _off else _core.batch_norm_now
+batch_norm_backward_now: Callable[..., Any] = _never if _off else _core.batch_norm_backward_now
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACCUMULATION = {
@@ -197,7 +203,7 @@ def rows_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`reference.rows_backward`; what is not needed is not computed."""
-    plain = _core.norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, *needs)
+    plain = _core.norm_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, *needs, False)
     if plain is not None:
         return plain
     dtype, shape = total.dtype, total.shape
@@ -241,43 +247,6 @@ def rows_backward(
 
 
 # ------------------------------------------------------------------------------------------ channels
-
-
-def channels_normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`channels_moments`, the vectors between and `channels_affine` in one call for x (B, C, ...): a channel that fits
-    a core's cache is read from memory once. (out, mean, m2, rstd), the last three in float64; None if x is not plain.
-    """
-    return _core.channels_normalize(x, weight, bias, eps)
-
-
-def channels_normalize_fixed(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """The same with given statistics, in x's accumulation dtype."""
-    return _core.channels_normalize_fixed(x, mean, var, weight, bias, eps)
-
-
-def channels_gradients(
-    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, count: int, dx: bool, parameters: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-    """The two backward primitives and the vectors between, for statistics of the batch: (dx, dweight, dbias)."""
-    return _core.channels_gradients(dout, x, mean, rstd, weight, count, dx, parameters)
-
-
-def update_running(
-    running_mean: Tensor, running_var: Tensor, momentum: float, count: int, mean: Tensor, m2: Tensor
-) -> bool:
-    """`statistics.update_running` where the vectors are plain, in 1 us instead of 20; False where they are not."""
-    if count == 0:
-        return True
-    if running_mean.is_inference() and not torch.is_inference_mode_enabled():  # torch's error is the right one
-        return False
-    if not _core.update_running(running_mean, running_var, momentum, count, mean, m2):
-        return False
-    torch.autograd.graph.increment_version((running_mean, running_var))
-    return True
 
 
 def _in_lines(x: Tensor) -> tuple[Tensor, bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import results
@@ -21,12 +21,17 @@ PASSES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Check:
-    """One cell against one limit. `at_most`: the ratio must not exceed the limit; else it must reach it."""
+    """One cell against one limit. `at_most`: the ratio must not exceed the limit; else it must reach it.
+
+    `reachable`: the ratio of a layer that took no longer than its parts that no layer can do without, as measured in
+    the same run; None where that was not measured.
+    """
 
     label: str
     value: float
     limit: float
     at_most: bool
+    reachable: float | None = None
 
     @property
     def shortfall(self) -> float:
@@ -36,6 +41,13 @@ class Check:
     @property
     def ok(self) -> bool:
         return self.shortfall <= 1
+
+    @property
+    def parts_miss(self) -> bool:
+        """Whether the parts alone miss the limit."""
+        if self.reachable is None:
+            return False
+        return self.reachable > self.limit if self.at_most else self.reachable < self.limit
 
 
 @dataclass
@@ -67,6 +79,18 @@ class Measured:
     def beyond_cache(self, cell: Record) -> bool:
         return bool(cell["bytes_x"] > self.llc_bytes / 2)
 
+    def parts_us(self, cell: Record) -> float | None:
+        """What a layer's parts take: the kernel; with gradients both kernels, and an autograd function without them."""
+        if cell["direction"] == "forward":
+            return results.time_us(cell, "kernel")
+        alike = ("norm", "shape", "layout", "dtype", "mode", "allocation")
+        parts = [results.time_us(cell, "saving_function")]
+        for direction in ("forward", "backward"):
+            same = (other for other in self.cells if all(other[name] == cell[name] for name in alike))
+            found = next((other for other in same if other["direction"] == direction), None)
+            parts.append(None if found is None else results.time_us(found, "kernel"))
+        return None if None in parts else sum(part for part in parts if part is not None)
+
 
 def _shape(cell: Record) -> tuple[int, ...]:
     return tuple(cell["shape"])
@@ -82,13 +106,16 @@ def _at_most(cells: list[Record], above: str, below: Callable[[Record], float | 
     return checks
 
 
-def _at_least(cells: list[Record], above: Callable[[Record], float | None], limit: float) -> list[Check]:
+def _at_least(
+    measured: Measured, cells: list[Record], above: Callable[[Record], float | None], limit: float
+) -> list[Check]:
     """Checks of `above / time of our layer >= limit`."""
     checks = []
     for cell in cells:
-        layer, peer = results.time_us(cell, "layer"), above(cell)
+        layer, peer, parts = results.time_us(cell, "layer"), above(cell), measured.parts_us(cell)
         if layer is not None and peer is not None:
-            checks.append(Check(results.label(cell), peer / layer, limit, at_most=False))
+            reachable = None if parts is None else peer / parts
+            checks.append(Check(results.label(cell), peer / layer, limit, at_most=False, reachable=reachable))
     return checks
 
 
@@ -111,14 +138,18 @@ def _onnx(cell: Record) -> float | None:
 
 
 def row_kernels(measured: Measured) -> list[Goal]:
-    """1 and 2: rows into existing memory, x beyond half the last-level cache."""
+    """1 and 2: rows into existing memory, x beyond half the last-level cache. One enormous row must be read twice and
+    has parameters of its own length: goal 10 is its measure.
+    """
     goals = []
     for number, direction in (("1", "forward"), ("2", "backward")):
         for dtype in ITEM_BYTES:
             cells = measured.where(
                 "rows",
                 lambda cell, dtype=dtype, direction=direction: (  # type: ignore[misc]
-                    measured.beyond_cache(cell) and cell["dtype"] == dtype and cell["direction"] == direction
+                    measured.beyond_cache(cell)
+                    and (cell["dtype"], cell["direction"]) == (dtype, direction)
+                    and _shape(cell) != LINE
                 ),
             )
             checks = _at_most(cells, "kernel", _counted_copies, 1.15)
@@ -159,9 +190,8 @@ def row_layers(measured: Measured) -> list[Goal]:
         for direction in PASSES:
             cells = [cell for cell in measured.where("rows", wanted) if cell["direction"] == direction]
             measured.judged |= {results.label(cell) for cell in cells}
-            checks = _at_least(cells, results.fastest_peer_us, limit)
-            notes = [f"{cell['norm']}, {note}" for cell in cells if (note := _machinery(cell))]
-            goals.append(Goal(f"{title}, {direction}", f"peer / layer >= {limit}", checks, notes))
+            checks = _at_least(measured, cells, results.fastest_peer_us, limit)
+            goals.append(Goal(f"{title}, {direction}", f"peer / layer >= {limit}", checks))
     return goals
 
 
@@ -179,9 +209,13 @@ def one_row(measured: Measured) -> list[Goal]:
             measured.judged |= {results.label(cell) for cell in cells}
             title = f"7 {norm} layer of (1, 4096), {direction}"
             if norm == "rms_norm":
-                goals.append(Goal(title, "torch / layer >= 1.2", _at_least(cells, _torch, 1.2)))
+                goals.append(Goal(title, "torch / layer >= 1.2", _at_least(measured, cells, _torch, 1.2)))
             else:
                 checks = _at_most(cells, "layer", _torch, 1.25)
+                for i, cell in enumerate(cells):
+                    parts, torch = measured.parts_us(cell), _torch(cell)
+                    if parts is not None and torch is not None:
+                        checks[i] = replace(checks[i], reachable=parts / torch)
                 goals.append(Goal(title, "layer / torch <= 1.25", checks, [_stretch(checks)] if checks else []))
             goals[-1].notes += [note for cell in cells if (note := _machinery(cell))]
     return goals
@@ -213,7 +247,7 @@ def batch_norms(measured: Measured) -> list[Goal]:
                 ),
             )
             measured.judged |= {results.label(cell) for cell in cells}
-            checks = _at_least(cells, _torch, limit)
+            checks = _at_least(measured, cells, _torch, limit)
             goals.append(Goal(f"9 BatchNorm train {layout}, {direction}", f"torch / layer >= {limit}", checks))
     return goals
 
@@ -241,14 +275,14 @@ def scaling(measured: Measured) -> list[Goal]:
         else:
             threads.notes.append(f"{results.label(every)}: kernel {kernel:.2f}, copy only {copy:.2f}")
     line = [cell for cell in measured.cells if _shape(cell) == LINE]
-    checks = _at_most(line, "kernel", lambda cell: results.time_us(cell, "three_passes"), 1.25)
+    checks = _at_most(line, "kernel", lambda cell: results.time_us(cell, "passes"), 1.25)
     notes = []
     for cell in line:
-        three = results.time_us(cell, "three_passes")
-        if three is not None:
+        passes = results.time_us(cell, "passes")
+        if passes is not None:
             kernel = results.time_us(cell, "kernel")
-            notes.append(f"{results.label(cell)}: kernel {kernel:.0f} us, three passes {three:.0f} us")
-    return [threads, Goal("10 one row beyond the cache", "kernel <= 1.25 x three passes", checks, notes)]
+            notes.append(f"{results.label(cell)}: kernel {kernel:.0f} us, the same passes {passes:.0f} us")
+    return [threads, Goal("10 one row beyond the cache", "kernel <= 1.25 x the same passes", checks, notes)]
 
 
 def all_goals(result: dict[str, Any]) -> list[Goal]:

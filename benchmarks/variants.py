@@ -1,6 +1,7 @@
 """The variants of a cell: calls without arguments on one input, by name.
 
-Here: what `kernel`, `layer`, `torch`, `compile`, `onnx`, `copy`, `canary`, `three_passes` and `empty_function` are.
+Here: what `kernel`, `layer`, `torch`, `compile`, `onnx`, `copy`, `canary`, `passes`, `empty_function` and
+`saving_function` are.
 Read next: timing.py, which calls them in turn; kernels.py, our compiled core on existing memory.
 """
 
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import kernels
 import onnx_peer
 import torch
-from cells import LINE, ONE, QKV, SMALL, Cell
+from cells import LINE, MIDDLE, ONE, QKV, SMALL, Cell
 from torch import Tensor
 
 import normkit
@@ -93,8 +96,10 @@ def _rows(cell: Cell) -> dict[str, Call | None]:
     calls: dict[str, Call | None] = {"kernel": _row_kernel(cell, rows, ours)}
     if cell.direction != "backward" and not cell.threads:
         calls |= _row_peers(cell, rows, ours, theirs)
-    if cell.shape == LINE and cell.direction == "forward" and cell.norm in TORCH_NORMS:
-        calls["three_passes"] = _three_passes(rows.x)
+    if cell.shape == LINE and cell.direction == "forward":
+        calls["passes"] = _forward_passes(rows, list(ours.parameters()))
+    if cell.shape == LINE and cell.direction == "backward":
+        calls["passes"] = _backward_passes(rows, list(ours.parameters()))
     return calls | _copies(rows.x)
 
 
@@ -125,8 +130,8 @@ def _row_peers(cell: Cell, rows: Rows, ours: torch.nn.Module, theirs: torch.nn.M
     if cell.direction == "forward" and onnx_peer.supported(cell.norm, rows.x, ours.weight):
         bias = getattr(theirs, "bias", None)
         calls["onnx"] = onnx_peer.forward(cell.norm, rows.x, rows.residual, theirs.weight, bias, EPS)
-    if cell.direction == "forward+backward" and cell.shape in (ONE, SMALL) and rows.residual is None:
-        calls["empty_function"] = _empty_function(cell, rows, theirs)
+    if cell.direction == "forward+backward" and cell.shape in (ONE, SMALL, MIDDLE):
+        calls |= _machinery(cell, inputs, theirs, douts)
     return calls
 
 
@@ -145,33 +150,87 @@ def _their_add(module: torch.nn.Module) -> Function:
     return add_norm
 
 
-def _three_passes(x: Tensor) -> Call:
-    """What a row beyond the cache costs at least: x is read for its statistics twice, then read and written."""
-    sums, target = [torch.empty((), dtype=x.dtype) for _ in range(2)], torch.empty_like(x)
+def _reads(*tensors: Tensor) -> list[Call]:
+    """One sum each; half types two elements at a time as a float32, so that memory is what takes the time."""
+    flat = [values.detach().view(-1) for values in tensors]
+    views = [values.view(torch.float32) if values.itemsize == 2 else values for values in flat]
+    totals = [torch.empty((), dtype=view.dtype) for view in views]
+    return [partial(torch.sum, view, dim=0, out=total) for view, total in zip(views, totals, strict=True)]
 
+
+def _in_turn(calls: Sequence[Call]) -> Call:
     def call() -> None:
-        for total in sums:
-            torch.sum(x, dim=(0, 1), out=total)
-        target.copy_(x)
+        for one in calls:
+            one()
 
     return call
 
 
-def _empty_function(cell: Cell, rows: Rows, module: torch.nn.Module) -> Call:
-    """Forward and backward of a Python autograd function that computes nothing: the machinery's own time."""
-    out = torch.empty_like(rows.x)
-    gradients = [torch.zeros_like(parameter) for parameter in module.parameters()]
+def _forward_passes(rows: Rows, parameters: Sequence[Tensor]) -> Call:
+    """The memory that a forward of one row beyond the cache must pass over, by torch's own kernels and without a norm.
+
+    x is read for its statistics (with a residual, the total is written); then it is read again beside gain and bias,
+    and the result is written.
+    """
+    out, total = torch.empty_like(rows.x), torch.empty_like(rows.x)
+    if rows.residual is None:
+        statistics, total = _reads(rows.x), rows.x
+    else:
+        statistics = [partial(torch.add, rows.x, rows.residual, out=total)]
+    return _in_turn([*statistics, *_reads(*parameters), partial(out.copy_, total)])
+
+
+def _backward_passes(rows: Rows, parameters: Sequence[Tensor]) -> Call:
+    """The same for backward: dout, the total and the gain are read and the parameters' gradients written; then all
+    three are read again, with a residual dtotal too, and dx is written.
+    """
+    gradients = [torch.empty_like(parameter.detach()) for parameter in parameters]
+    dx = torch.empty_like(rows.x)
+    once = [*_reads(rows.dout, rows.x, parameters[0]), *(gradient.zero_ for gradient in gradients)]
+    again = _reads(rows.dout, parameters[0], *([] if rows.dtotal is None else [rows.dtotal]))
+    return _in_turn([*once, *again, partial(dx.copy_, rows.x)])
+
+
+def _machinery(cell: Cell, inputs: Sequence[Tensor], module: torch.nn.Module, douts: object) -> dict[str, Call]:
+    """Forward and backward of Python autograd functions that compute nothing: the machinery's own time.
+
+    `empty_function` returns what lies ready; `saving_function` saves x, the weight and two statistics and allocates all
+    results, as a norm must.
+    """
+    parameters = list(module.parameters())
+    outs = tuple(torch.empty_like(values) for values in inputs)
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    statistics = [torch.zeros(cell.shape[:-1]) for _ in range(2)]
 
     class Empty(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, x: Tensor, *parameters: Tensor) -> Tensor:
-            return out
+        def forward(ctx: object, *given: Tensor) -> tuple[Tensor, ...]:
+            return outs
 
         @staticmethod
-        def backward(ctx: object, dout: Tensor) -> tuple[Tensor, ...]:
-            return dout, *gradients
+        def backward(ctx: object, *douts: Tensor) -> tuple[Tensor, ...]:
+            return *douts, *gradients
 
-    return _task(cell, lambda x: Empty.apply(x, *module.parameters()), [rows.x], module, rows.dout)
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
+            ctx.save_for_backward(given[0], parameters[0], *map(torch.empty_like, statistics))
+            return tuple(map(torch.empty_like, outs))
+
+        @staticmethod
+        def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor, ...]:
+            assert len(ctx.saved_tensors) == 4
+            dx = torch.empty_like(inputs[0])
+            return *(dx for _ in inputs), *map(torch.empty_like, gradients)
+
+    def task(function: type[torch.autograd.Function]) -> Call:
+        def call(*leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
+            made: tuple[Tensor, ...] = function.apply(*leaves, *parameters)
+            return made if len(made) > 1 else made[0]
+
+        return _task(cell, call, inputs, module, douts)
+
+    return {"empty_function": task(Empty), "saving_function": task(Saving)}
 
 
 # ------------------------------------------------------------------------------------------ channels
@@ -196,4 +255,6 @@ def _channels(cell: Cell) -> dict[str, Call | None]:
         calls["layer"] = _task(cell, ours, [x], ours, dout)
         calls["torch"] = _task(cell, theirs, [x], theirs, dout)
         calls["compile"] = _task(cell, torch.compile(theirs, dynamic=False), [x], theirs, dout)
+        if cell.direction == "forward+backward":
+            calls |= _machinery(cell, [x], theirs, dout)
     return calls | _copies(x)

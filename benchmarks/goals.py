@@ -18,17 +18,16 @@ from goal_list import Check, Goal, all_goals
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("goal", "limit", "worst", "worst cell", "median", "pass", "parts miss too")
+COLUMNS = ("goal", "limit", "worst", "worst cell", "median", "pass")
 RATIO_COLUMNS = ("norm", "shape", "layout", "dtype", "mode", "allocation")
 PEERS = tuple((direction, peer) for direction in ("forward", "forward+backward") for peer in ("torch", "compile"))
 
 
 def goal_row(goal: Goal) -> list[str]:
     if not goal.checks:
-        return [goal.title, goal.limit, "", "not measured in this file", "", "", ""]
+        return [goal.title, goal.limit, "", "not measured in this file", "", ""]
     worst = goal.worst()
     passing = sum(check.ok for check in goal.checks)
-    beyond = sum(check.parts_miss for check in goal.checks if not check.ok)
     return [
         goal.title,
         goal.limit,
@@ -36,14 +35,13 @@ def goal_row(goal: Goal) -> list[str]:
         worst.label,
         f"{goal.median():.2f}",
         f"{passing} of {len(goal.checks)}",
-        str(beyond or ""),
     ]
 
 
 def goal_table(goals: Iterable[Goal]) -> Table:
     shown = Table(title="Goals")
     for column in COLUMNS:
-        shown.add_column(column, justify="right" if column in ("worst", "median", "pass", "parts miss too") else "left")
+        shown.add_column(column, justify="right" if column in ("worst", "median", "pass") else "left")
     for goal in goals:
         short = any(not check.ok for check in goal.checks)
         shown.add_row(*goal_row(goal), style="yellow" if short else "" if goal.checks else "dim")
@@ -53,13 +51,11 @@ def goal_table(goals: Iterable[Goal]) -> Table:
 def shortfalls(goal: Goal) -> list[str]:
     """The cells that miss a goal, the furthest first."""
     missed = sorted((check for check in goal.checks if not check.ok), key=lambda check: -check.shortfall)
-    return [f"{check.value:.2f} (limit {check.limit:.2f}) {check.label}{_reach(check)}" for check in missed]
+    return [f"{check.value:.2f} (limit {check.limit:.2f}) {check.label}{_parts(check)}" for check in missed]
 
 
-def _reach(check: Check) -> str:
-    if check.reachable is None:
-        return ""
-    return f": {check.reachable:.2f} with its parts alone{', a miss too' if check.parts_miss else ''}"
+def _parts(check: Check) -> str:
+    return "" if check.parts is None else f"; {check.parts:.2f} by its parts"
 
 
 def _markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

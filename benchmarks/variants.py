@@ -184,7 +184,8 @@ def _backward_passes(rows: Rows, parameters: Sequence[Tensor]) -> Call:
     """The same for backward: dout, the total and the gain are read and the parameters' gradients written; then all
     three are read again, with a residual dtotal too, and dx is written.
     """
-    gradients = [torch.empty_like(parameter.detach()) for parameter in parameters]
+    dtype = kernels.accumulation(rows.x.dtype)  # as the kernel writes them
+    gradients = [torch.empty(parameter.shape, dtype=dtype) for parameter in parameters]
     dx = torch.empty_like(rows.x)
     once = [*_reads(rows.dout, rows.x, parameters[0]), *(gradient.zero_ for gradient in gradients)]
     again = _reads(rows.dout, parameters[0], *([] if rows.dtotal is None else [rows.dtotal]))
@@ -194,13 +195,16 @@ def _backward_passes(rows: Rows, parameters: Sequence[Tensor]) -> Call:
 def _machinery(cell: Cell, inputs: Sequence[Tensor], module: torch.nn.Module, douts: object) -> dict[str, Call]:
     """Forward and backward of Python autograd functions that compute nothing: the machinery's own time.
 
-    `empty_function` returns what lies ready; `saving_function` saves x, the weight and two statistics and allocates all
-    results, as a norm must.
+    `empty_function` returns what lies ready; `saving_function` saves x, the weight and the statistics and allocates all
+    results, as our layer does, but out of torch's memory.
     """
     parameters = list(module.parameters())
     outs = tuple(torch.empty_like(values) for values in inputs)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    statistics = [torch.zeros(cell.shape[:-1]) for _ in range(2)]
+    if cell.family == "channels":
+        statistics = [torch.zeros(cell.shape[1], dtype=torch.float64) for _ in range(2)]
+    else:
+        statistics = [torch.zeros(cell.shape[:-1]) for _ in range(len(parameters))]  # with a bias, mean and rstd
 
     class Empty(torch.autograd.Function):
         @staticmethod
@@ -219,13 +223,15 @@ def _machinery(cell: Cell, inputs: Sequence[Tensor], module: torch.nn.Module, do
 
         @staticmethod
         def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor, ...]:
-            assert len(ctx.saved_tensors) == 4
+            assert len(ctx.saved_tensors) == 2 + len(statistics)
             dx = torch.empty_like(inputs[0])
             return *(dx for _ in inputs), *map(torch.empty_like, gradients)
 
     def task(function: type[torch.autograd.Function]) -> Call:
+        apply = super(torch.autograd.Function, function).apply  # as autograd.py: without what torch.func needs
+
         def call(*leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
-            made: tuple[Tensor, ...] = function.apply(*leaves, *parameters)
+            made: tuple[Tensor, ...] = apply(*leaves, *parameters)
             return made if len(made) > 1 else made[0]
 
         return _task(cell, call, inputs, module, douts)

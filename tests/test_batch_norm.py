@@ -271,3 +271,48 @@ def test_state_dicts_go_both_ways(layer: type, shape: tuple[int, ...]) -> None:
     back.load_state_dict(theirs.state_dict())
     assert_same_state(back, state(ours), "there and back")
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+# ------------------------------------------------------------------------------------- calls that autograd refuses
+
+
+def test_a_forward_that_autograd_refuses_leaves_the_layer_as_it_was(backend: str) -> None:
+    """An inference tensor cannot be saved for backward: that comes out only when the call is recorded."""
+    with torch.inference_mode():
+        x = normal((8, 3), 0, torch.float32)
+    norm = normkit.BatchNorm1d(3)
+    before = state(norm)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        norm(x)
+    assert_same_state(norm, before, "refused by autograd")
+
+
+def test_a_hook_that_refuses_to_save_leaves_the_layer_as_it_was(backend: str) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise LookupError("not saved")
+
+    norm = normkit.BatchNorm1d(3)
+    before = state(norm)
+    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda saved: saved), pytest.raises(LookupError):
+        norm(normal((8, 3), 0, torch.float32))
+    assert_same_state(norm, before, "refused by a hook")
+
+
+def test_a_batch_norm_last_in_a_checkpoint_updates_once(backend: str) -> None:
+    """The recomputation stops at the last saved tensor, before the averages move; torch's BatchNorm updates twice."""
+    norm, once = normkit.BatchNorm1d(3), normkit.BatchNorm1d(3)
+    x = normal((8, 3), 0, torch.float32).requires_grad_()
+    torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False).sin().sum().backward()
+    once(x)
+    assert_same_state(norm, state(once), "checkpointed")
+
+
+def test_numbers_that_are_not_quite_floats_and_bools_are_taken_as_torch_takes_them(backend: str) -> None:
+    x = normal((8, 3), 0, torch.float32)
+    mean, var = torch.zeros(3), torch.ones(3)
+    expected = functional.batch_norm(x, mean.clone(), var.clone(), training=True, momentum=1.0)
+    running = [mean.clone(), var.clone()]
+    found = functional.batch_norm(x, *running, training=1, momentum=1)  # type: ignore[arg-type]
+    assert_same_bits(found, expected, "training=1, momentum=1")
+    torch.testing.assert_close(running[0], x.mean(0))
+    assert functional.batch_norm(x, mean, var, momentum=None).shape == x.shape  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ nb::object recorded(RowsForward args, const TensorView& view, nb::handle x) {
 }  // namespace
 
 // out, or (out, total) with a residual; None where something is active or an argument is not plain and right:
-// functional.py then finds out what. Where a gradient is wanted, autograd.py records what was computed.
+// functional/rows.py then finds out what. Where a gradient is wanted, autograd.py records what was computed.
 nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_shape, nb::handle weight, nb::handle bias,
                     nb::handle eps, bool centered, double weight_offset) {
     TensorView view, weight_view, bias_view;
@@ -119,7 +119,7 @@ nb::object norm_now(nb::handle x, nb::handle residual, nb::handle normalized_sha
     args.weight.offset = weight_offset;
     args.centered = centered;
     if (wants_gradient(x, residual, weight, bias)) {
-        if (dims != 1) return nb::none();  // backward sees one normalized axis: functional.py folds them
+        if (dims != 1) return nb::none();  // backward sees one normalized axis: functional/rows.py folds them
         const nb::object computed = recorded(args, view, x);
         return record_norm(x, residual, weight, bias, computed, args.eps, centered, weight_offset);
     }
@@ -248,10 +248,6 @@ bool view_affine(nb::handle weight, nb::handle bias, int64_t channels, int dtype
     return bias.is_none() || (view.ndim() == 1 && view.size(0) == channels);
 }
 
-}  // namespace
-
-namespace {
-
 // A running average: (C,) numbers of any dtype, to be updated in place.
 bool view_running(nb::handle tensor, int64_t channels, TensorView* view) {
     return view_per_channel(tensor, channels, view) && !refuses_update(tensor);
@@ -262,10 +258,12 @@ bool view_running(nb::handle tensor, int64_t channels, TensorView* view) {
 // BatchNorm's out; None where something is active, an argument is not plain or not right, or a gradient with fixed
 // statistics is wanted. In training the running averages are updated.
 nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle running_var, nb::handle weight,
-                          nb::handle bias, bool training, double momentum, nb::handle eps) {
+                          nb::handle bias, nb::handle in_training, nb::handle momentum, nb::handle eps) {
     TensorView view, mean_view, var_view;
     ChannelsNorm args{};
     if (!bound() || !nothing_active() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!PyBool_Check(in_training.ptr()) || !PyFloat_CheckExact(momentum.ptr())) return nb::none();
+    const bool training = in_training.ptr() == Py_True;
     const int64_t channels = args.shape.channels, count = args.shape.batch * args.shape.space;
     if (!view_affine(weight, bias, channels, view.dtype, &args) || !PyFloat_CheckExact(eps.ptr())) return nb::none();
     args.eps = PyFloat_AS_DOUBLE(eps.ptr());
@@ -306,14 +304,17 @@ nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle runn
     {
         nb::gil_scoped_release release;
         channels_normalize(args, view.dtype, threads);
-        if (training && tracked) {
-            update_running(mean_view.data(), mean_view.dtype, args.mean, 1, momentum, channels);
-            update_running(var_view.data(), var_view.dtype, args.m2, double(count - 1), momentum, channels);
-        }
     }
-    if (training && tracked) count_update(running_mean, running_var);
-    if (!gradient) return out;
-    return record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out);
+    // Recording may refuse (an inference tensor, a hook on saved tensors): before the running averages have moved.
+    const nb::object result =
+        gradient ? record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out) : nb::object(out);
+    if (training && tracked) {
+        const double share = PyFloat_AS_DOUBLE(momentum.ptr());
+        update_running(mean_view.data(), mean_view.dtype, args.mean, 1, share, channels);
+        update_running(var_view.data(), var_view.dtype, args.m2, double(count - 1), share, channels);
+        count_update(running_mean, running_var);
+    }
+    return result;
 }
 
 // (dx, dweight, dbias) where the statistics are the batch's own, None for what is not wanted; the last two in float64,

@@ -1,6 +1,7 @@
-// Channel norms: how the work is cut and who computes which piece. The arithmetic is in channels.h.
+// Channel norms: how the work is cut and who computes which piece. The arithmetic is in channels.h and
+// affine.h.
 // Nothing here may change a result's bits with the number of threads: cuts depend on (B, C, S) alone.
-// Read next: channels.h.
+// Read next: channels.h, affine.h.
 #include <initializer_list>
 
 #include "share.h"
@@ -85,7 +86,7 @@ void join_samples(ChannelsShape& shape) {
     shape.batch = 1;
 }
 
-// Pieces of lines, see write_planes and write_columns in channels.h.
+// Pieces of lines, see write_planes and write_columns in affine.h.
 template <class Kernel>
 void affine(ChannelsAffine args, int dtype, int threads, int tensors, Kernel kernel) {
     ChannelsShape& shape = args.shape;
@@ -148,7 +149,6 @@ struct Vector {
     void* data;
     bool wide;
 
-    Vector(void* at, int dtype) : data(at), wide(dtype == kFloat64) {}
     Vector(int64_t channels, int dtype)
         : memory(scratch<char>(channels * accumulation_bytes(dtype))), data(memory.get()), wide(dtype == kFloat64) {}
     double operator[](int64_t c) const {

@@ -1,6 +1,6 @@
 // What the core's parts agree on: dtypes, arguments of the primitives, the table of kernels of one instruction set.
 // May include: the C headers of libc. No templates, no inline functions: baseline and AVX-512 code both read this.
-// Read next: rows.h, channels.h (arithmetic), rows.cpp, channels.cpp (threads and splitting).
+// Read next: rows.h, channels.h, affine.h (arithmetic), rows.cpp, channels.cpp (threads and splitting).
 #pragma once
 
 #include <stdint.h>

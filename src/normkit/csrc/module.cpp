@@ -162,7 +162,7 @@ NB_MODULE(_core, m) {
           nb::arg(), nb::arg());
     m.def("set_block_limit", &set_block_limit);
     m.def("kept_bytes", &kept_bytes);
-    m.def("batch_norm_now", &batch_norm_now, none, none, none, none, none, nb::arg(), nb::arg(), none);
+    m.def("batch_norm_now", &batch_norm_now, none, none, none, none, none, none, none, none);
     m.def("batch_norm_backward_now", &batch_norm_backward_now, none, none, none, none, none, nb::arg(), nb::arg(),
           nb::arg());
     m.def("isa", [] { return kernels().name; });

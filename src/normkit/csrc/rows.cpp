@@ -96,7 +96,7 @@ void rows_backward(RowsBackward args, int dtype, RowsBackwardResult result, int 
     const LineSum dweight{args.dweight, result.dweight, blocks, args.size, result.narrow};
     const LineSum dbias{args.dbias, result.dbias, blocks, args.size, result.narrow};
     for (const LineSum& sum : {dweight, dbias}) {
-        if (sum.out == nullptr || (in_place && args.rows > 0)) continue;
+        if (sum.out == nullptr || in_place) continue;
         share(args.size, useful_threads(threads, blocks * args.size),
               [&](int64_t first, int64_t last) { kernels().sum_lines[dtype](sum, first, last); });
     }

@@ -399,7 +399,7 @@ void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* d
     }
     Sums sums[kRows] = {};
     sum_blocks<kRows>(a.size, threads, a.partials, sums, [&](int64_t start, int64_t n, Sums* part) {
-        A buffer[kRowBlock], dweight_own[kRowBlock], dbias_own[kRowBlock];
+        A buffer[kRowBlock], dweight_own[kWeight ? kRowBlock : 1], dbias_own[kBias ? kRowBlock : 1];
         const A* gain = weight_piece<T>(a.weight, a.gain, start, n, buffer);
         A *dweight_block = nullptr, *dbias_block = nullptr;
         if (kWeight) dweight_block = a.narrow ? dweight_own : dweight + start;

@@ -8,6 +8,7 @@ Read next: checks.py, what is required of an implementation.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,12 +75,25 @@ class Oracle:
         out = out if weight is None else out * weight.view(across)
         return out if bias is None else out + bias.view(across)
 
+    def group_norm(self, x, num_groups, weight=None, bias=None, eps=1e-5):
+        across = (1, -1) + (1,) * (x.dim() - 2)
+        grouped = x.reshape(x.shape[0], num_groups, -1)
+        deviation = grouped - grouped.mean(2, keepdim=True)
+        out = (deviation / torch.sqrt((deviation**2).mean(2, keepdim=True) + eps)).reshape(x.shape)
+        out = out if weight is None else out * weight.view(across)
+        return out if bias is None else out + bias.view(across)
+
+    def instance_norm(self, x, running_mean=None, running_var=None, weight=None, bias=None, eps=1e-5):
+        return self.group_norm(x, x.shape[1], weight, bias, eps)
+
 
 class Torch:
     """torch's own norms; its fused add does not exist, so it adds first."""
 
     layer_norm = staticmethod(torch.nn.functional.layer_norm)
     batch_norm = staticmethod(torch.nn.functional.batch_norm)
+    group_norm = staticmethod(torch.nn.functional.group_norm)
+    instance_norm = staticmethod(torch.nn.functional.instance_norm)
 
     @staticmethod
     def rms_norm(x, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
@@ -111,6 +125,7 @@ class Norm:
     inputs: Callable[[Shape], dict[str, Shape]]
     axes: Callable[[Shape], Shape] = lambda shape: (-1,)
     rows: bool = True  # the rows family; False for channels
+    takes: Callable[[Shape], bool] = lambda shape: True  # of the shapes that a check makes up
 
     def __str__(self) -> str:
         return self.name
@@ -134,6 +149,14 @@ _CHANNEL_SHAPES = ((17, 5), (4, 5, 11), (3, 5, 4, 6), (2, 3, 2, 3, 4))
 
 def _over_batch_and_space(shape: Shape) -> Shape:
     return (0, *range(2, len(shape)))
+
+
+def _within_a_sample(shape: Shape) -> Shape:
+    return tuple(range(1, len(shape)))
+
+
+def _within_a_channel(shape: Shape) -> Shape:
+    return tuple(range(2, len(shape)))
 
 
 NORMS = (
@@ -245,6 +268,32 @@ NORMS = (
         _channels("running_mean", "running_var"),
         lambda shape: (),
         rows=False,
+    ),
+    Norm(
+        "group_norm",
+        lambda norms, x, weight, bias: norms.group_norm(x, 2, weight, bias),
+        ((17, 6), (4, 6, 11), (3, 8, 4, 6), (2, 4, 2, 3, 4)),
+        _channels("weight", "bias"),
+        _within_a_sample,
+        rows=False,
+        takes=lambda shape: shape[1] % 2 == 0,
+    ),
+    Norm(
+        "group_norm of one group without parameters, eps 0.1",
+        lambda norms, x: norms.group_norm(x, 1, eps=0.1),
+        ((5, 7), (4, 5, 11)),
+        _channels(),
+        _within_a_sample,
+        rows=False,
+    ),
+    Norm(
+        "instance_norm",
+        lambda norms, x, weight, bias: norms.instance_norm(x, weight=weight, bias=bias),
+        ((4, 5, 11), (3, 5, 4, 6), (2, 3, 2, 3, 4)),
+        _channels("weight", "bias"),
+        _within_a_channel,
+        rows=False,
+        takes=lambda shape: math.prod(shape[2:]) > 1,
     ),
 )
 ROWS = tuple(norm for norm in NORMS if norm.rows)

@@ -1,7 +1,7 @@
 """One table of calls for the tests of PyTorch's machinery: ours and torch's, with the inputs for both.
 
-Here: CALLS (rows with and without a residual, batch_norm in training and in eval), `inputs`, `scalar`, `gradients`,
-`watch_core`, `record_primitives`.
+Here: CALLS (rows with and without a residual, batch_norm in training and in eval, norms within a sample), `inputs`,
+`scalar`, `gradients`, `watch_core`, `record_primitives`.
 Read next: test_transforms.py, which runs the table through every transform; test_compile.py, through the compilers.
 """
 
@@ -102,6 +102,22 @@ def _torch_batch_norm_eval(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor
     return (F.batch_norm(x, mean, var, weight, bias),)
 
 
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (NF.group_norm(x, 2, weight, bias),)
+
+
+def _torch_group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (F.group_norm(x, 2, weight, bias),)
+
+
+def _instance_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (NF.instance_norm(x, weight=weight, bias=bias),)
+
+
+def _torch_instance_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (F.instance_norm(x, weight=weight, bias=bias),)
+
+
 _ROW = ((6, D), (D,))
 _ADD = ((6, D), (6, D), (D,))
 _CHANNEL = ((4, C, 5), (C,), (C,))
@@ -116,6 +132,8 @@ CALLS = (
     Call("add_rms_norm", _add_rms_norm, _torch_add_rms_norm, _ADD, 3, *_ROWS),
     Call("batch_norm-train", _batch_norm_train, _torch_batch_norm_train, _CHANNEL, 3, *_TRAIN),
     Call("batch_norm-eval", _batch_norm_eval, _torch_batch_norm_eval, (*_CHANNEL, (C,), (C,)), 3, *_EVAL),
+    Call("group_norm", _group_norm, _torch_group_norm, ((4, 10, 5), (10,), (10,)), 3, *_TRAIN),
+    Call("instance_norm", _instance_norm, _torch_instance_norm, _CHANNEL, 3, *_TRAIN),
 )
 
 

@@ -96,6 +96,18 @@ class PlainNorms:
         gain, bias = (None if v is None else self.wide(v).view(across) for v in (weight, bias))
         return self.rounded(self.affine(wide, mean, self.rstd(var, eps), gain, bias), x.dtype)
 
+    def group_norm(self, x, num_groups, weight=None, bias=None, eps=1e-5):
+        across = (1, -1) + (1,) * (x.dim() - 2)
+        wide = self.wide(x).reshape(x.shape[0], num_groups, -1)
+        mean = self.mean(wide, (2,))
+        normalized = self.affine(wide, mean, self.rstd(self.variance(wide, mean, (2,)), eps), None, None)
+        gain, bias = (None if v is None else self.wide(v).view(across) for v in (weight, bias))
+        out = normalized.reshape(x.shape) if gain is None else normalized.reshape(x.shape) * gain
+        return self.rounded(out if bias is None else out + bias, x.dtype)
+
+    def instance_norm(self, x, running_mean=None, running_var=None, weight=None, bias=None, eps=1e-5):
+        return self.group_norm(x, x.shape[1], weight, bias, eps)
+
     def stored(self, wide: Tensor, running_mean: Tensor, running_var: Tensor, across: tuple[int, ...]):
         # a copy, as the buffers may change before backward
         return running_mean.double().view(across), running_var.to(torch.float64, copy=True).view(across)

@@ -224,6 +224,77 @@ TABLE = (
         TypeError,
         "batch_norm: x must be a torch.Tensor, got str; pass a tensor",
     ),
+    # ------------------------------------------------------------------------------------ group_norm, instance_norm
+    *(
+        Wrong(
+            lambda groups=groups: F.group_norm(torch.ones(2, 4, 5), groups),
+            ValueError,
+            f"group_norm: num_groups must divide the channels, got {groups} groups for x of shape (2, 4, 5); "
+            "pass a divisor of 4",
+        )
+        for groups in (0, -2, 3, 8)
+    ),
+    Wrong(
+        lambda: F.group_norm(torch.ones(1, 4, 1), 4),
+        ValueError,
+        "group_norm: a group needs more than 1 value, got 4 groups for x of shape (1, 4, 1); use fewer groups",
+    ),
+    Wrong(
+        lambda: F.group_norm(X, 1, weight=FOUR),
+        ValueError,
+        "group_norm: weight must have one value per channel, shape (3,), got shape (4,); "
+        "pass a weight of that shape, or None",
+    ),
+    Wrong(
+        lambda: F.group_norm(X, 1, eps=-1.0),
+        ValueError,
+        "group_norm: eps must be zero or positive, got -1.0; 1e-5 is torch's default",
+    ),
+    Wrong(
+        lambda: F.group_norm(torch.ones(2, 3, dtype=torch.int32), 1),
+        TypeError,
+        "group_norm: x must have a floating-point dtype, got torch.int32; convert it with x.float()",
+    ),
+    Wrong(
+        lambda: F.instance_norm(torch.ones(2, 3, 1)),
+        ValueError,
+        "instance_norm: each channel needs more than 1 value, got x of shape (2, 3, 1); "
+        "pass x with space, (B, C, L) or more",
+    ),
+    Wrong(
+        lambda: F.instance_norm(torch.ones(2, 3, 4), use_input_stats=False),
+        ValueError,
+        "instance_norm: running_mean and running_var are needed without use_input_stats, got None; "
+        "pass them, or use_input_stats=True to use the samples' statistics",
+    ),
+    Wrong(
+        lambda: F.instance_norm(torch.ones(2, 3, 4), THREE),
+        ValueError,
+        "instance_norm: running_mean and running_var go together, got no running_var; pass both or neither",
+    ),
+    Wrong(
+        lambda: F.instance_norm(torch.ones(2, 3, 4), eps=0.0),
+        ValueError,
+        "instance_norm: eps must be positive with use_input_stats, got 0.0; 1e-5 is torch's default",
+    ),
+    Wrong(
+        lambda: normkit.GroupNorm(2, 4, affine=False)(torch.ones(2, 6, 5)),
+        ValueError,
+        "GroupNorm: x must have num_channels=4 channels in dimension 1, got x of shape (2, 6, 5); "
+        "pass num_channels=6 or transpose x",
+    ),
+    Wrong(
+        lambda: normkit.InstanceNorm1d(3)(IMAGE),
+        ValueError,
+        "InstanceNorm1d: x must have 2 or 3 dimensions (C, L) or (B, C, L), got x of shape "
+        f"{tuple(IMAGE.shape)}; reshape x or use the InstanceNorm of its dimension",
+    ),
+    Wrong(
+        lambda: normkit.InstanceNorm1d(4, affine=True)(torch.ones(2, 3, 5)),
+        ValueError,
+        "InstanceNorm1d: x must have num_features=4 channels, got x of shape (2, 3, 5); "
+        "pass num_features=3 or transpose x",
+    ),
     # ------------------------------------------------------------------------------------------------------ layers
     Wrong(
         lambda: normkit.BatchNorm1d(3)(IMAGE),

@@ -17,7 +17,17 @@ import normkit
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(normkit.__file__).parent
-MODULES = ("", ".functional", ".layers.rows", ".layers.channels", ".placement", ".theory", ".backends")
+MODULES = (
+    "",
+    ".functional.rows",
+    ".functional.channels",
+    ".layers.rows",
+    ".layers.channels",
+    ".layers.samples",
+    ".placement",
+    ".theory",
+    ".backends",
+)
 
 
 # ------------------------------------------------------------------------------------------------------ examples

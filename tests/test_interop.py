@@ -13,7 +13,6 @@ from torch import Tensor
 import normkit
 import normkit.functional as NF
 from interop_calls import CALLS, C, Call, D, gradients, inputs, scalar
-from normkit import functional
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 row_calls = pytest.mark.parametrize("call", CALLS[:4], ids=str)
@@ -241,6 +240,8 @@ LABELS = {
     "add_rms_norm": "normkit::add_rms_norm",
     "batch_norm-train": "normkit::batch_norm",
     "batch_norm-eval": "normkit::batch_norm",
+    "group_norm": "normkit::group_norm",
+    "instance_norm": "normkit::instance_norm",
 }
 
 
@@ -264,13 +265,13 @@ def test_profilers_show_a_label_for_every_call(make: Callable[[], Any]) -> None:
 @pytest.fixture
 def labelled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     made: list[str] = []
-    real = functional.profiler.record_function
+    real = torch.autograd.profiler.record_function
 
     def recording(name: str, *args: Any) -> Any:
         made.append(name)
         return real(name, *args)
 
-    monkeypatch.setattr(functional.profiler, "record_function", recording)
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", recording)
     return made
 
 

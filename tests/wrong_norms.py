@@ -299,6 +299,26 @@ class RunningMeanStale(PlainNorms):
         super().update(running_mean, running_var, momentum, stale[0], var, n)
 
 
+class GroupsInterleave(PlainNorms):
+    """Channel c in group c % G instead of c // (C / G)."""
+
+    rejected_by = "values"
+
+    def group_norm(self, x, num_groups, weight=None, bias=None, eps=1e-5):
+        order = torch.arange(x.shape[1]).view(-1, num_groups).T.flatten()
+        weight, bias = (None if v is None else v[order] for v in (weight, bias))
+        return super().group_norm(x[:, order], num_groups, weight, bias, eps)[:, order.argsort()]
+
+
+class InstancesShareStatistics(PlainNorms):
+    """As batch_norm: over the batch too."""
+
+    rejected_by = "values"
+
+    def instance_norm(self, x, running_mean=None, running_var=None, weight=None, bias=None, eps=1e-5):
+        return self.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+
+
 class RunningMeanNeverUpdated(PlainNorms):
     rejected_by = "running statistics"
 

@@ -8,7 +8,17 @@ import torch as _torch  # first: the compiled core shares the OpenMP runtime tha
 
 from normkit import functional
 from normkit.backends import BackendUnavailable, reasons, set_kept_bytes, use_backend
-from normkit.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, LayerNorm, RMSNorm
+from normkit.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from normkit.placement import Placement, PostNorm, PreNorm, Residual, ResidualStack
 
 __version__ = "0.1.0"
@@ -18,6 +28,10 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "Placement",
     "PostNorm",

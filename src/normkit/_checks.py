@@ -3,7 +3,7 @@
 Here: the shape and dtype rules of the public functions; every message names the operation, what was expected,
 what came and what to do.
 May import: torch.
-Read next: functional.py, which calls a check, then differentiates, then computes.
+Read next: functional/rows.py, which calls a check, then differentiates, then computes.
 """
 
 from __future__ import annotations
@@ -102,6 +102,17 @@ def batch_norm(
     eps: float,
 ) -> None:
     """x (B, C, ...) with vectors of C numbers; enough values a channel in training, statistics to use in eval."""
+    channels(op, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _running_statistics(op, running_mean, running_var, training, "training", eps)
+    if training and x.shape[0] * x.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{op}: training needs more than 1 value per channel, got x of shape {shape_text(x.shape)}; "
+            f"use a larger batch, or eval mode"
+        )
+
+
+def channels(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """x (B, C, ...), and beside it vectors of C numbers or None."""
     tensor(op, "x", x)
     floating(op, x)
     if x.dim() < 2:
@@ -109,32 +120,66 @@ def batch_norm(
             f"{op}: x must have at least 2 dimensions (batch, channels, ...), got x of shape {shape_text(x.shape)}; "
             f"add a batch dimension with x.unsqueeze(0)"
         )
-    channels = (x.shape[1],)
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        companion(op, name, value, x, channels, "one value per channel, shape")
+    for name, value in vectors.items():
+        companion(op, name, value, x, (x.shape[1],), "one value per channel, shape")
+
+
+def _running_statistics(
+    op: str, running_mean: Tensor | None, running_var: Tensor | None, own: bool, own_name: str, eps: float
+) -> None:
+    """Both or none; there, where the input's `own` are not used; eps that fits."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{op}: running_mean and running_var go together, got no {missing}; pass both or neither")
     epsilon(op, eps)
-    if not training:
+    if not own:
         if running_mean is None:
-            raise ValueError(
-                f"{op}: running_mean and running_var are needed outside training, got None; "
-                f"pass them, or training=True to use the batch's statistics"
+            where, instead = (
+                ("outside training", "training=True to use the batch's statistics")
+                if own_name == "training"
+                else (f"without {own_name}", f"{own_name}=True to use the samples' statistics")
             )
-        return
-    if eps == 0.0:  # torch 2.13 refuses it too: a constant channel would divide by zero
-        raise ValueError(f"{op}: eps must be positive in training, got {eps}; 1e-5 is torch's default")
-    values = x.shape[0] * x.shape[2:].numel()
-    if values == 1:
+            raise ValueError(
+                f"{op}: running_mean and running_var are needed {where}, got None; pass them, or {instead}"
+            )
+    elif eps == 0.0:  # torch 2.13 refuses it too: a constant channel would divide by zero
+        where = "in training" if own_name == "training" else f"with {own_name}"
+        raise ValueError(f"{op}: eps must be positive {where}, got {eps}; 1e-5 is torch's default")
+
+
+def group_norm(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """x (B, C, ...) whose channels num_groups divides; more than one value in all, as torch asks."""
+    channels(op, x, weight=weight, bias=bias)
+    epsilon(op, eps)
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
         raise ValueError(
-            f"{op}: training needs more than 1 value per channel, got x of shape {shape_text(x.shape)}; "
-            f"use a larger batch, or eval mode"
+            f"{op}: num_groups must divide the channels, got {num_groups} groups for x of shape "
+            f"{shape_text(x.shape)}; pass a divisor of {x.shape[1]}"
+        )
+    if x.shape[0] * (x.shape[1] // num_groups) * x.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{op}: a group needs more than 1 value, got {num_groups} groups for x of shape {shape_text(x.shape)}; "
+            f"use fewer groups"
+        )
+
+
+def instance_norm(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    eps: float,
+) -> None:
+    """As batch_norm, with statistics of each sample: they need more than one position."""
+    channels(op, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _running_statistics(op, running_mean, running_var, use_input_stats, "use_input_stats", eps)
+    if use_input_stats and x.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{op}: each channel needs more than 1 value, got x of shape {shape_text(x.shape)}; "
+            f"pass x with space, (B, C, L) or more"
         )
 
 

@@ -1,6 +1,6 @@
 """Differentiation: what each family saves in forward and what its backward does.
 
-Here: RowNorm and ChannelNorm, the two autograd functions of the library.
+Here: RowNorm, ChannelNorm (statistics per channel) and SampleNorm (per sample and group), the autograd functions.
 May import: torch, statistics, backends, reference.
 Read next: backends.py, which says who computes; kernels/cpu.py, which computes.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normkit import backends, reference, statistics
 from normkit.backends import Backend
-from normkit.reference import accumulation_dtype
+from normkit.reference import Count, accumulation_dtype
 
 
 def _differentiated(*gradients: Tensor | None) -> bool:
@@ -215,6 +215,108 @@ def channel_gradients(
     return dx, sum_d_xhat, sum_d
 
 
+# ------------------------------------------------------------------------------- statistics per sample and group
+
+
+def per_channel(values: Tensor, channels: int) -> Tensor:
+    """(B, G) numbers of groups as (B, C) numbers of their channels."""
+    batch, groups = values.shape
+    if groups == channels:
+        return values
+    return values.unsqueeze(2).expand(batch, groups, channels // groups).reshape(batch, channels)
+
+
+def group_moments(primitives: Any, x: Tensor, groups: int) -> tuple[Count, Tensor, Tensor]:
+    """count, mean and m2 of x (B, C, S) per sample and group, (B, G): channels merged by Chan's formula."""
+    count, mean, m2 = primitives.channels_moments(x, None, True)
+    batch, channels, _ = x.shape
+    if groups == channels:
+        return count, mean, m2
+    grouped = (batch, groups, channels // groups)
+    mean, m2 = mean.reshape(grouped), m2.reshape(grouped)
+    center = mean.mean(2, keepdim=True)  # of equal counts
+    between = ((mean - center) ** 2).sum(2) * count
+    return count * (channels // groups), center.squeeze(2), m2.sum(2) + between
+
+
+class SampleNorm(torch.autograd.Function):
+    """Normalizes (B, C, ...) with (B, G) statistics of its own. Saves x, weight, mean and rstd; `computed` and `eps` as
+    in ChannelNorm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Backend,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        computed: list[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.backend, ctx.eps = backend, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return computed.pop()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        primitives = ctx.backend
+        if _differentiated(dout):
+            primitives = reference
+            count, mean, m2 = group_moments(reference, lines(x), mean.shape[1])
+            rstd = torch.rsqrt(statistics.variance(count, m2) + ctx.eps)
+        dx, dweight, dbias = sample_gradients(primitives, lines(dout), lines(x), mean, rstd, weight, x_needs)
+        return (
+            None,
+            None if dx is None else dx.view(x.shape),
+            _in_dtype(dweight, weight.dtype) if weight_needs else None,
+            _in_dtype(dbias, ctx.bias_dtype) if bias_needs else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def sample_gradients(
+    primitives: Any,
+    dout: Tensor,  # (B, C, S)
+    x: Tensor,  # (B, C, S)
+    mean: Tensor,  # (B, G)
+    rstd: Tensor,  # (B, G)
+    weight: Tensor | None,
+    dx_needs: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx, dweight, dbias on the backward primitives."""
+    (batch, channels, space), groups = x.shape, mean.shape[1]
+    dtype = accumulation_dtype(x.dtype)
+    mean, rstd = per_channel(mean, channels), per_channel(rstd, channels)
+    center = mean.to(dtype)
+    drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
+    sum_d, sum_d_deviation = primitives.channels_backward_moments(dout, x, center, None, True)
+    sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
+    dx = None
+    if dx_needs:
+        gain = 1.0 if weight is None else weight.to(rstd.dtype)
+        n = max(space * channels // groups, 1)
+
+        def group_mean(sums: Tensor) -> Tensor:
+            return per_channel((sums * gain).reshape(batch, groups, channels // groups).sum(2), channels) / n
+
+        # dx = rstd * (dout * gain - mean(dout * gain) - xhat * mean(dout * gain * xhat)), means over the group
+        b = -rstd * rstd * group_mean(sum_d_xhat)
+        c = -rstd * group_mean(sum_d) - b * drift
+        dx = primitives.channels_backward_affine(
+            dout, x, center, (rstd * gain).to(dtype), b.to(dtype), c.to(dtype), None
+        ).to(x.dtype)
+    return dx, sum_d_xhat.sum(0), sum_d.sum(0)
+
+
 # Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, for 1 us
 # of a call that takes 10. Used where the kernels have read the tensors' memory, and nothing was left to unwrap.
 _apply_row_norm: Callable[..., Any] = super(torch.autograd.Function, RowNorm).apply
@@ -274,3 +376,18 @@ def record_channel_norm(
 
 
 backends.recorders["batch_norm"] = partial(record_channel_norm, backends.CPU)  # what batch_norm_now computed
+
+
+def record_sample_norm(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    out: Tensor,
+) -> Tensor:
+    """`out` as SampleNorm's result."""
+    recorded: Tensor = SampleNorm.apply(backend, x, weight, bias, mean, rstd, eps, [out])  # type: ignore[no-untyped-call]
+    return recorded

@@ -2,7 +2,7 @@
 
 Here: what happens between `channels_moments` and `channels_affine`, the same for every backend.
 May import: torch.
-Read next: functional.py, where batch_norm puts the steps together.
+Read next: functional/channels.py, where batch_norm puts the steps together.
 """
 
 from __future__ import annotations

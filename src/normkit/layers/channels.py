@@ -2,7 +2,7 @@
 
 Here: torch.nn's classes, constructors, buffers and state dicts, with normkit's forward and `decay`.
 May import: torch, functional, _checks.
-Read next: functional.py, where the call is checked and computed.
+Read next: functional/channels.py, where the call is checked and computed.
 """
 
 from __future__ import annotations

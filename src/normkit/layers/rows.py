@@ -2,7 +2,7 @@
 
 Here: torch.nn's classes, constructors, parameters and state dicts, with normkit's forward.
 May import: torch, functional.
-Read next: functional.py, where the call is checked and computed.
+Read next: functional/rows.py, where the call is checked and computed.
 """
 
 from __future__ import annotations

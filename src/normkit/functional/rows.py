@@ -1,28 +1,24 @@
-"""The public functions: torch.nn.functional's signatures; what normkit adds is keyword-only or a function of its own.
+"""Norms along rows: layer_norm, rms_norm, and both after a residual add.
 
 Here: check the arguments, differentiate, call the backend; the docstrings that quote the formulas.
-May import: torch, _checks, reference, statistics, autograd, backends.
+May import: torch, _checks, reference, autograd, backends, calls.
 Read next: autograd.py, what is saved and what backward does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
-from normkit import _checks, backends, reference, statistics
-from normkit.autograd import channel_vectors, lines, record_channel_norm, record_row_norm
+from normkit import _checks, backends, reference
+from normkit.autograd import record_row_norm
+from normkit.functional.calls import overridden, profiled, requires_grad
 from normkit.reference import accumulation_dtype
-
-__all__ = ["AddNorm", "add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]
-
-Returned = TypeVar("Returned")
-
 
 _OMITTED = object()  # not None, which torch.utils._pytree may put in a tensor's place
 
@@ -88,7 +84,7 @@ def layer_norm(
         if plain is not None:
             return plain
     if has_torch_function_variadic(input, weight, bias):
-        return _overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
+        return overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps)
     return _row_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, True, 0.0)[0]
 
 
@@ -139,7 +135,7 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         # without an offset it is torch's call in torch's words: NestedTensor takes it by name and knows no offset
         added = {"weight_offset": weight_offset} if weight_offset else {}
-        return _overridden(rms_norm, (input, weight), input, normalized_shape, weight, eps, **added)
+        return overridden(rms_norm, (input, weight), input, normalized_shape, weight, eps, **added)
     return _row_norm("rms_norm", input, None, normalized_shape, weight, None, eps, False, weight_offset)[0]
 
 
@@ -181,9 +177,7 @@ def add_layer_norm(
         if plain is not None:
             return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight, bias):
-        return _overridden(
-            add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps
-        )
+        return overridden(add_layer_norm, (x, residual, weight, bias), x, residual, normalized_shape, weight, bias, eps)
     _checks.addend("add_layer_norm", x, residual)
     pair = _row_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, True, 0.0)
     return AddNorm(*pair)
@@ -228,7 +222,7 @@ def add_rms_norm(
         if plain is not None:
             return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight):
-        return _overridden(
+        return overridden(
             add_rms_norm,
             (x, residual, weight),
             x,
@@ -241,92 +235,6 @@ def add_rms_norm(
     _checks.addend("add_rms_norm", x, residual)
     pair = _row_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, False, weight_offset)
     return AddNorm(*pair)
-
-
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Normalizes each channel over batch and space, with the batch's statistics in training and stored ones in eval.
-
-        training: mean = mean(x over B, S);  var = mean((x - mean)^2 over B, S)
-        eval:     mean = running_mean;       var = running_var
-        out = (x - mean) / sqrt(var + eps) * weight + bias
-        running = (1 - momentum) * running + momentum * batch      (training, in place, not differentiated)
-
-    Args:
-        input: x (B, C, ...); float32, float64, bfloat16 or float16; channels-first or channels-last memory.
-        running_mean, running_var: (C,), updated in place in training; both None for no running statistics.
-        weight, bias: gamma and beta, (C,); None for 1 and 0.
-        training: whether the batch's statistics are used.
-        momentum: the weight of the *new* batch in the running average, torch's convention (Keras and Flax name the
-            weight of the old average, 1 - momentum).
-        eps: added to the variance under the root; positive in training.
-
-    Returns:
-        x's shape, dtype and memory format, new memory.
-
-    Raises:
-        ValueError: "batch_norm: training needs more than 1 value per channel, got x of shape (1, 3, 1, 1); ..." and
-            the like for shapes and missing statistics. Running statistics are then untouched.
-        TypeError: x is no tensor, or has no floating-point dtype.
-
-    Numerics: the biased variance normalizes, running_var averages the unbiased one (n / (n - 1)), as in torch.
-        Moments are sums of squared deviations, merged by Chan's formula; float64 on the compiled core. `mean` is
-        subtracted before scaling, which keeps precision where |mean| >> std. An empty batch leaves the running
-        statistics as they are. In eval the gradient does not read x: it is finite at x = inf, as in torch.
-
-    Example:
-        >>> import torch, normkit.functional as F
-        >>> F.batch_norm(torch.tensor([[90.0, 80.0, 70.0], [60.0, 50.0, 40.0]]), None, None, training=True)
-        tensor([[ 1.0000,  1.0000,  1.0000],
-                [-1.0000, -1.0000, -1.0000]])
-
-    Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
-    """
-    if not torch.compiler.is_compiling():
-        plain: Tensor | None = backends.batch_norm_now(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-        if plain is not None:
-            return plain
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return _overridden(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-        )
-    _checks.batch_norm("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
-    if _profiled():
-        with profiler.record_function("normkit::batch_norm"):
-            return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def _profiled() -> bool:
-    """Whether a profiler wants labels. Asked before the flag is read, since torch.compile would guard on it."""
-    return not torch.compiler.is_compiling() and profiler._is_profiler_enabled
-
-
-def _overridden(
-    function: Callable[..., Returned], relevant: tuple[Tensor | None, ...], *args: Any, **kwargs: Any
-) -> Returned:
-    """Hand the call to a tensor subclass or function mode, as torch's own functions do."""
-    result: Returned = handle_torch_function(function, relevant, *args, **kwargs)
-    return result
 
 
 def _row_norm(
@@ -360,7 +268,7 @@ def _row_norm(
     if folded:
         x, residual, weight, bias = _fold(x, shape), _fold(residual, shape), _fold(weight, shape), _fold(bias, shape)
     arguments = (x, residual, weight, bias, eps, centered, weight_offset)
-    if _profiled():
+    if profiled():
         with profiler.record_function(f"normkit::{op}"):
             out, total = _row_compute(*arguments)
     else:
@@ -392,63 +300,6 @@ def _row_compute(
     backend = backends.select(x, residual, weight, bias)
     if backend is None:
         return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
-    if torch.is_grad_enabled() and _requires_grad(x, residual, weight, bias):
+    if torch.is_grad_enabled() and requires_grad(x, residual, weight, bias):
         return record_row_norm(backend, x, residual, weight, bias, eps, centered, weight_offset)
     return backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _channel_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    backend = backends.select(x, running_mean, running_var, weight, bias)
-    recorded = backend is not None and torch.is_grad_enabled() and _requires_grad(x, weight, bias)
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        dtype = accumulation_dtype(x.dtype)
-        wide = torch.float64 if backend is backends.CPU else dtype  # as batch_norm_now: the same bits with a record
-        # a copy: the buffers may be updated in place between this forward and its backward
-        mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
-        return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
-    primitives = reference if backend is None else backend
-    with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
-        counted, mean, m2 = primitives.channels_moments(lines(x), None, False)
-        count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
-        rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
-    out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
-    if running_mean is not None and running_var is not None:
-        statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
-    return out
-
-
-def _channel_compute(
-    backend: backends.Backend | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    count: int | None,
-    eps: float,
-    recorded: bool,
-) -> Tensor:
-    """The affine half; `count` as in ChannelNorm."""
-    primitives = reference if backend is None else backend
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
-        center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
-        out = primitives.channels_affine(lines(x), center, scale, shift, None)
-    if recorded:
-        assert backend is not None
-        out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
-    return out.view(x.shape)

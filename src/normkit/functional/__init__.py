@@ -1,0 +1,19 @@
+"""The public functions: torch.nn.functional's signatures; what normkit adds is keyword-only or a function of its own.
+
+Here: their names. rows.py and channels.py check, differentiate and call the backend.
+Read next: functional/rows.py.
+"""
+
+from normkit.functional.channels import batch_norm, group_norm, instance_norm
+from normkit.functional.rows import AddNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+__all__ = [
+    "AddNorm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+]

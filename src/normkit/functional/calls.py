@@ -1,0 +1,34 @@
+"""What the public functions share around a computation: overriding tensors, profiler labels, whether to record.
+
+May import: torch.
+Read next: rows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.overrides import handle_torch_function
+
+Returned = TypeVar("Returned")
+
+
+def profiled() -> bool:
+    """Whether a profiler wants labels. Asked before the flag is read, since torch.compile would guard on it."""
+    return not torch.compiler.is_compiling() and profiler._is_profiler_enabled
+
+
+def overridden(
+    function: Callable[..., Returned], relevant: tuple[Tensor | None, ...], *args: Any, **kwargs: Any
+) -> Returned:
+    """Hand the call to a tensor subclass or function mode, as torch's own functions do."""
+    result: Returned = handle_torch_function(function, relevant, *args, **kwargs)
+    return result
+
+
+def requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -220,10 +220,8 @@ def channel_gradients(
 
 def per_channel(values: Tensor, channels: int) -> Tensor:
     """(B, G) numbers of groups as (B, C) numbers of their channels."""
-    batch, groups = values.shape
-    if groups == channels:
-        return values
-    return values.unsqueeze(2).expand(batch, groups, channels // groups).reshape(batch, channels)
+    groups = values.shape[1]
+    return values if groups == channels else values.repeat_interleave(channels // groups, 1)
 
 
 def group_moments(primitives: Any, x: Tensor, groups: int) -> tuple[Count, Tensor, Tensor]:

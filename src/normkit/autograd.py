@@ -1,6 +1,6 @@
 """Differentiation: what each family saves in forward and what its backward does.
 
-Here: RowNorm, ChannelNorm (statistics per channel) and SampleNorm (per sample and group), the autograd functions.
+Here: RowNorm and ChannelNorm, the two autograd functions of the library.
 May import: torch, statistics, backends, reference.
 Read next: backends.py, which says who computes; kernels/cpu.py, which computes.
 
@@ -127,10 +127,33 @@ def lines(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())
 
 
-class ChannelNorm(torch.autograd.Function):
-    """Normalizes (B, C, ...) with given (C,) statistics. Saves x, weight, mean and rstd.
+def per_channel(values: Tensor, channels: int) -> Tensor:
+    """(C,) numbers as they are; (B, G) numbers of a sample's groups as (B, C) numbers of their channels."""
+    if values.dim() == 1 or values.shape[1] == channels:
+        return values
+    return values.repeat_interleave(channels // values.shape[1], 1)
 
-    `count` is the number of values behind each channel's statistics when they are this batch's own, and the
+
+def channel_moments(primitives: Any, x: Tensor, groups: int | None) -> tuple[Count, Tensor, Tensor]:
+    """count, mean and m2 of x (B, C, S): (C,) over the batch or, with `groups`, (B, G) of each sample.
+
+    The channels of a group are merged by Chan's formula.
+    """
+    count, mean, m2 = primitives.channels_moments(x, None, groups is not None)
+    batch, channels, _ = x.shape
+    if groups is None or groups == channels:
+        return count, mean, m2
+    grouped = (batch, groups, channels // groups)
+    mean, m2 = mean.reshape(grouped), m2.reshape(grouped)
+    center = mean.mean(2, keepdim=True)  # of equal counts
+    between = ((mean - center) ** 2).sum(2) * count
+    return count * (channels // groups), center.squeeze(2), m2.sum(2) + between
+
+
+class ChannelNorm(torch.autograd.Function):
+    """Normalizes (B, C, ...) with given statistics, (C,) or (B, G). Saves x, weight, mean and rstd.
+
+    `count` is the number of values behind each of the statistics when they are this batch's own, and the
     gradient flows through them; None when they are fixed (running statistics), and dx = dout * scale. `eps` is what
     rstd was made with: backward needs it where it is itself differentiated. `computed` holds the result: forward only
     records it. It comes in a list, since autograd would take a tensor that is both argument and result for a view.
@@ -168,7 +191,8 @@ class ChannelNorm(torch.autograd.Function):
             if _differentiated(dout):
                 backend = reference
                 if ctx.count is not None:
-                    _, mean, m2 = reference.channels_moments(lines(x), None, False)
+                    groups = mean.shape[1] if mean.dim() == 2 else None
+                    _, mean, m2 = channel_moments(reference, lines(x), groups)
                     rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
             needs = (x_needs, parameters)
             dx, *sums = channel_gradients(backend, lines(dout), lines(x), mean, rstd, weight, ctx.count, needs)
@@ -185,19 +209,29 @@ def channel_gradients(
     backend: Backend,
     dout: Tensor,  # (B, C, S)
     x: Tensor,  # (B, C, S)
-    mean: Tensor,  # (C,)
-    rstd: Tensor,  # (C,)
+    mean: Tensor,  # (C,) or (B, G)
+    rstd: Tensor,  # as mean
     weight: Tensor | None,
     count: int | None,
     needs: tuple[bool, bool],  # dx; dweight and dbias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias on the backward primitives; `count` as in ChannelNorm."""
+    (batch, channels, _), groups = x.shape, mean.shape[-1]
+    per_sample = mean.dim() == 2
+
+    def pooled(sums: Tensor) -> Tensor:
+        """Sums of channels, added up over what shares statistics and given back to each channel."""
+        if not per_sample:
+            return sums
+        return per_channel(sums.reshape(batch, groups, channels // groups).sum(2), channels)
+
     dtype = accumulation_dtype(x.dtype)
+    mean, rstd = per_channel(mean, channels), per_channel(rstd, channels)
     center = mean.to(dtype)
     drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
     dx = sum_d = sum_d_xhat = None
     if needs[1] or (needs[0] and count is not None):
-        sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, False)
+        sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, per_sample)
         sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
     if needs[0]:
         a = rstd if weight is None else rstd * weight.to(rstd.dtype)
@@ -206,113 +240,16 @@ def channel_gradients(
         else:
             assert sum_d is not None
             assert sum_d_xhat is not None
-            # dx = a * (dout - mean(dout) - xhat * mean(dout * xhat)), sorted by what multiplies (x - center)
+            # dx = a * dout - rstd * (mean(dout * gain) + xhat * mean(dout * gain * xhat)), means over what shares
+            # statistics, sorted by what multiplies (x - center)
             n = max(count, 1)
-            b = -a * rstd * sum_d_xhat / n
-            c = -a * sum_d / n - b * drift
+            b = pooled(-a * rstd * sum_d_xhat) / n
+            c = pooled(-a * sum_d) / n - b * drift
             dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), None)
         dx = dx.to(x.dtype)
+    if per_sample and sum_d is not None and sum_d_xhat is not None:
+        return dx, sum_d_xhat.sum(0), sum_d.sum(0)
     return dx, sum_d_xhat, sum_d
-
-
-# ------------------------------------------------------------------------------- statistics per sample and group
-
-
-def per_channel(values: Tensor, channels: int) -> Tensor:
-    """(B, G) numbers of groups as (B, C) numbers of their channels."""
-    groups = values.shape[1]
-    return values if groups == channels else values.repeat_interleave(channels // groups, 1)
-
-
-def group_moments(primitives: Any, x: Tensor, groups: int) -> tuple[Count, Tensor, Tensor]:
-    """count, mean and m2 of x (B, C, S) per sample and group, (B, G): channels merged by Chan's formula."""
-    count, mean, m2 = primitives.channels_moments(x, None, True)
-    batch, channels, _ = x.shape
-    if groups == channels:
-        return count, mean, m2
-    grouped = (batch, groups, channels // groups)
-    mean, m2 = mean.reshape(grouped), m2.reshape(grouped)
-    center = mean.mean(2, keepdim=True)  # of equal counts
-    between = ((mean - center) ** 2).sum(2) * count
-    return count * (channels // groups), center.squeeze(2), m2.sum(2) + between
-
-
-class SampleNorm(torch.autograd.Function):
-    """Normalizes (B, C, ...) with (B, G) statistics of its own. Saves x, weight, mean and rstd; `computed` and `eps` as
-    in ChannelNorm.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        eps: float,
-        computed: list[Tensor],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.backend, ctx.eps = backend, eps
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return computed.pop()
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
-        primitives = ctx.backend
-        if _differentiated(dout):
-            primitives = reference
-            count, mean, m2 = group_moments(reference, lines(x), mean.shape[1])
-            rstd = torch.rsqrt(statistics.variance(count, m2) + ctx.eps)
-        dx, dweight, dbias = sample_gradients(primitives, lines(dout), lines(x), mean, rstd, weight, x_needs)
-        return (
-            None,
-            None if dx is None else dx.view(x.shape),
-            _in_dtype(dweight, weight.dtype) if weight_needs else None,
-            _in_dtype(dbias, ctx.bias_dtype) if bias_needs else None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def sample_gradients(
-    primitives: Any,
-    dout: Tensor,  # (B, C, S)
-    x: Tensor,  # (B, C, S)
-    mean: Tensor,  # (B, G)
-    rstd: Tensor,  # (B, G)
-    weight: Tensor | None,
-    dx_needs: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx, dweight, dbias on the backward primitives."""
-    (batch, channels, space), groups = x.shape, mean.shape[1]
-    dtype = accumulation_dtype(x.dtype)
-    mean, rstd = per_channel(mean, channels), per_channel(rstd, channels)
-    center = mean.to(dtype)
-    drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
-    sum_d, sum_d_deviation = primitives.channels_backward_moments(dout, x, center, None, True)
-    sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
-    dx = None
-    if dx_needs:
-        gain = 1.0 if weight is None else weight.to(rstd.dtype)
-        n = max(space * channels // groups, 1)
-
-        def group_mean(sums: Tensor) -> Tensor:
-            return per_channel((sums * gain).reshape(batch, groups, channels // groups).sum(2), channels) / n
-
-        # dx = rstd * (dout * gain - mean(dout * gain) - xhat * mean(dout * gain * xhat)), means over the group
-        b = -rstd * rstd * group_mean(sum_d_xhat)
-        c = -rstd * group_mean(sum_d) - b * drift
-        dx = primitives.channels_backward_affine(
-            dout, x, center, (rstd * gain).to(dtype), b.to(dtype), c.to(dtype), None
-        ).to(x.dtype)
-    return dx, sum_d_xhat.sum(0), sum_d.sum(0)
 
 
 # Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, for 1 us
@@ -374,18 +311,3 @@ def record_channel_norm(
 
 
 backends.recorders["batch_norm"] = partial(record_channel_norm, backends.CPU)  # what batch_norm_now computed
-
-
-def record_sample_norm(
-    backend: Backend,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    out: Tensor,
-) -> Tensor:
-    """`out` as SampleNorm's result."""
-    recorded: Tensor = SampleNorm.apply(backend, x, weight, bias, mean, rstd, eps, [out])  # type: ignore[no-untyped-call]
-    return recorded

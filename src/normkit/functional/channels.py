@@ -15,16 +15,9 @@ from torch.autograd import profiler
 from torch.overrides import has_torch_function_variadic
 
 from normkit import _checks, backends, reference, statistics
-from normkit.autograd import (
-    channel_vectors,
-    group_moments,
-    lines,
-    per_channel,
-    record_channel_norm,
-    record_sample_norm,
-)
+from normkit.autograd import channel_moments, channel_vectors, lines, per_channel, record_channel_norm
 from normkit.functional.calls import overridden, profiled, requires_grad
-from normkit.reference import Count, accumulation_dtype
+from normkit.reference import accumulation_dtype
 
 
 def batch_norm(
@@ -222,11 +215,7 @@ def _channel_norm(
         # a copy: the buffers may be updated in place between this forward and its backward
         mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
         return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
-    primitives = reference if backend is None else backend
-    with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
-        counted, mean, m2 = primitives.channels_moments(lines(x), None, False)
-        count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
-        rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
+    count, mean, m2, rstd = _statistics(backend, x, None, eps)
     out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
     if running_mean is not None and running_var is not None:
         statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
@@ -247,8 +236,9 @@ def _channel_compute(
     """The affine half; `count` as in ChannelNorm."""
     primitives = reference if backend is None else backend
     with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
-        center, scale, shift = channel_vectors(mean, rstd, weight, bias, accumulation_dtype(x.dtype))
-        out = primitives.channels_affine(lines(x), center, scale, shift, None)
+        statistics_of_channels = (per_channel(mean, x.shape[1]), per_channel(rstd, x.shape[1]))
+        vectors = channel_vectors(*statistics_of_channels, weight, bias, accumulation_dtype(x.dtype))
+        out = primitives.channels_affine(lines(x), *vectors, None)
     if recorded:
         assert backend is not None
         out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
@@ -269,26 +259,26 @@ def _instance_norm(
         return _channel_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     out, count, mean, m2 = _sample_norm(x, x.shape[1], weight, bias, eps)
     if running_mean is not None and running_var is not None and x.shape[0] > 0:
-        statistics.update_running(running_mean, running_var, momentum, cast(int, count), mean.mean(0), m2.mean(0))
+        statistics.update_running(running_mean, running_var, momentum, count, mean.mean(0), m2.mean(0))
     return out
 
 
 def _sample_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Count, Tensor, Tensor]:
+) -> tuple[Tensor, int, Tensor, Tensor]:
     """out with statistics per sample and group; and their count, mean and m2, (B, G)."""
     backend = backends.select(x, weight, bias)
     recorded = backend is not None and torch.is_grad_enabled() and requires_grad(x, weight, bias)
+    count, mean, m2, rstd = _statistics(backend, x, groups, eps)
+    return _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded), count, mean, m2
+
+
+def _statistics(
+    backend: backends.Backend | None, x: Tensor, groups: int | None, eps: float
+) -> tuple[int, Tensor, Tensor, Tensor]:
+    """count, mean, m2 and rstd of x's own, as channel_moments; differentiable where no backend takes the call."""
     primitives = reference if backend is None else backend
-    channels = x.shape[1]
     with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
-        count, mean, m2 = group_moments(primitives, lines(x), groups)
-        rstd = torch.rsqrt(statistics.variance(count, m2) + eps)
-        vectors = channel_vectors(
-            per_channel(mean, channels), per_channel(rstd, channels), weight, bias, accumulation_dtype(x.dtype)
-        )
-        out = primitives.channels_affine(lines(x), *vectors, None)
-    if recorded:
-        assert backend is not None
-        out = record_sample_norm(backend, x, weight, bias, mean, rstd, eps, out)
-    return out.view(x.shape), count, mean, m2
+        counted, mean, m2 = channel_moments(primitives, lines(x), groups)
+        count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
+        return count, mean, m2, torch.rsqrt(statistics.variance(count, m2) + eps)

@@ -87,19 +87,24 @@ NORMKIT_INLINE void write_plane(const Step& step, int64_t n, const uint8_t* mask
     });
 }
 
-// Some lines of n channels. Columns of kColumns vectors keep their channels' numbers in registers for all lines. The
-// lines that follow are asked for.
+// Some lines of n channels. Columns of kColumns vectors keep their channels' numbers in registers for all lines; up to
+// kNear channels of a whole type the numbers stay in the nearest cache, and the lines are taken one by one, in the
+// order of memory: that took eval of float32 (64, 256, 14, 14) from 700 to 520 us, but backward of (8, 2048, 7, 7) from
+// 177 to 213, and of bfloat16 from 500 to 600. The lines that follow are asked for.
 template <class T, bool kStream, class Step>
 NORMKIT_INLINE void write_lines(const Step& step, int64_t lines, int64_t n, T* out, int64_t out_stride) {
     using A = Acc<T>;
     constexpr int kWidth = kStep<T>, kVectors = kVectorBytes / 16;  // that registers hold, times four numbers
     constexpr int kColumns = kHalf<T> && kVectors > 1 ? kVectors / 2 : kVectors;
+    constexpr int64_t kNear = 512;
+    const int64_t together = !kHalf<T> && n <= kNear ? 1 : lines;
+    int64_t first = 0;
     const auto columns = [&](int64_t i, auto count, auto lanes) NORMKIT_STEP {
         typename Step::Numbers numbers[count.value];
 #pragma GCC unroll 4
         for (int k = 0; k < count.value; ++k)
             numbers[k] = step.numbers([&](const A* p) NORMKIT_STEP { return load_wide<T>(p + i + k * kWidth, lanes); });
-        for (int64_t line = 0; line < lines; ++line) {
+        for (int64_t line = first; line < first + together; ++line) {
 #pragma GCC unroll 4
             for (int k = 0; k < count.value; ++k) {
                 step.ask(line + lines, i + k * kWidth);
@@ -108,10 +113,12 @@ NORMKIT_INLINE void write_lines(const Step& step, int64_t lines, int64_t n, T* o
             }
         }
     };
-    int64_t i = 0;
-    for (; i + kColumns * kWidth <= n; i += kColumns * kWidth) columns(i, Number<kColumns>{}, Full{});
-    for (; i + kWidth <= n; i += kWidth) columns(i, Number<1>{}, Full{});
-    if (i < n) columns(i, Number<1>{}, Partial{int(n - i)});
+    for (; first < lines; first += together) {
+        int64_t i = 0;
+        for (; i + kColumns * kWidth <= n; i += kColumns * kWidth) columns(i, Number<kColumns>{}, Full{});
+        for (; i + kWidth <= n; i += kWidth) columns(i, Number<1>{}, Full{});
+        if (i < n) columns(i, Number<1>{}, Partial{int(n - i)});
+    }
 }
 
 // The pieces first..last of all planes, kSpaceBlock elements each.

@@ -167,9 +167,9 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> AddNorm:
     A norm that carries hooks, or whose class was extended, is called as a module, so that nothing is bypassed.
     """
     if not _hooked(norm):
-        if type(norm) is LayerNorm:
+        if type(norm) is LayerNorm and norm.shard_group is None:
             return functional.add_layer_norm(x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        if type(norm) is RMSNorm:
+        if type(norm) is RMSNorm and norm.shard_group is None:
             return functional.add_rms_norm(
                 x, residual, norm.normalized_shape, norm.weight, norm.eps, weight_offset=norm.weight_offset
             )

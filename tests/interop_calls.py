@@ -32,6 +32,7 @@ WHOLE_CALLS = (
     (backends, "norm_now", ("rows_forward",)),
     (backends, "norm_backward_now", ("rows_backward",)),
     (backends, "batch_norm_now", ("channels_moments", "channels_affine")),  # in eval only the second
+    (backends, "sample_norm_now", ("channels_moments", "channels_affine")),
     (backends, "batch_norm_backward_now", ("channels_backward_moments", "channels_backward_affine")),
 )
 D = 16  # normalized size of the row calls

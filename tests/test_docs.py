@@ -23,10 +23,16 @@ MODULES = (
     ".functional.channels",
     ".layers.rows",
     ".layers.channels",
+    ".layers.control",
+    ".layers.recompute",
+    ".layers.columns",
+    ".functional.columns",
     ".layers.samples",
     ".placement",
     ".theory",
     ".backends",
+    ".convert.batch_norm",
+    ".convert.conventions",
 )
 
 
@@ -60,17 +66,39 @@ def test_every_function_of_the_library_has_an_example(name: str) -> None:
         assert ">>>" in value.__doc__
 
 
-def test_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+RUNNABLE = [page for page in PAGES if page.name != "records.md"]  # which reads a study's folder
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+def test_python_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace for all, so that a later block may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    namespace: dict[str, object] = {"__name__": "__readme__"}
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)):
+    torch.set_printoptions(profile="default")
+    namespace: dict[str, object] = {"__name__": "__page__"}
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for i, block in enumerate(blocks):
         if block.lstrip().startswith(">>>"):
-            test = doctest.DocTestParser().get_doctest(block, namespace, f"README[{i}]", "README.md", None)
-            assert doctest.DocTestRunner().run(test).failed == 0
+            test = doctest.DocTestParser().get_doctest(block, namespace, f"{page.name}[{i}]", page.name, None)
+            namespace |= test.globs
+            assert (
+                doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, clear_globs=False).failed == 0
+            )
+            namespace |= test.globs
         else:
-            exec(compile(block, f"README[{i}]", "exec"), namespace)
+            exec(compile(block, f"{page.name}[{i}]", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_tests_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py")))
+    for name in re.findall(r"`(?:tests/)?(test_\w+)(\.py)?`", text):
+        assert (ROOT / "tests" / f"{name[0]}.py").exists() if name[1] else f"def {name[0]}(" in sources, name
 
 
 # ------------------------------------------------------------------------------------------ direction of imports
@@ -84,19 +112,22 @@ IMPORTS: dict[str, set[str]] = {
     "study": {"layers", "placement", "theory", "functional", "__init__"},
     "report": set(),
     "placement": {"layers", "functional", "statistics", "_checks"},
-    "layers": {"functional", "statistics", "_checks"},
-    "functional": {"autograd", "statistics", "backends", "reference", "_checks"},
-    "autograd": {"statistics", "backends", "reference"},
+    "layers": {"functional", "statistics", "ranks", "_checks"},
+    "functional": {"autograd", "statistics", "ranks", "backends", "reference", "_checks"},
+    "autograd": {"statistics", "ranks", "backends", "reference"},
     "backends": {"kernels", "reference"},
     "kernels": {"_core", "reference"},  # reference only for accumulation_dtype and the type Count
-    "statistics": {"reference"},  # only the type Count
+    "statistics": {"ranks", "reference"},  # of reference only the type Count
+    "ranks": set(),
     "theory": set(),
     "reference": set(),
     "_checks": set(),
+    "convert": {"_checks"},
 }
 # One module of a package may have an arrow more than the package.
 MORE: dict[str, set[str]] = {"study/observe.py": {"report"}}
-LIGHT = {"statistics", "kernels", "reference", "_checks", "theory", "layers", "placement", "functional", "autograd"}
+LIGHT = {"statistics", "ranks", "kernels", "reference", "_checks", "theory", "layers", "placement", "functional"}
+LIGHT |= {"autograd"}
 
 
 def _imported(path: Path) -> list[tuple[int, str]]:
@@ -168,7 +199,8 @@ def test_an_arrow_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_the_layers_need_torch_and_the_standard_library_only(path: Path) -> None:
     foreign = {name.split(".")[0] for _, name in _imported(path)} - set(sys.stdlib_module_names) - {"torch", "normkit"}
-    assert foreign <= ({"triton"} if "triton" in path.name else set())
+    optional = {"recompute.py": {"rich"}}.get(path.name, {"triton"} if "triton" in path.name else set())
+    assert foreign <= optional  # imported in a function, where it is used
 
 
 def test_the_report_knows_nothing_of_torch() -> None:

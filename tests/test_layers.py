@@ -117,7 +117,7 @@ def test_functions_take_torchs_arguments_in_torchs_order_with_torchs_defaults(na
 def test_the_fused_functions_take_the_plain_ones_arguments_after_the_residual(name: str) -> None:
     plain, fused = parameters(getattr(NF, name)), parameters(getattr(NF, f"add_{name}"))
     assert [p[0] for p in fused[:2]] == ["x", "residual"]
-    assert fused[2:] == plain[1:]
+    assert fused[2:] == [p for p in plain[1:] if p[0] != "shard_group"]
 
 
 # -------------------------------------------------------------------------------------------- state and values
@@ -132,7 +132,8 @@ def test_state_dicts_go_both_ways_and_outputs_agree(name: str, args: Any, kwargs
     }
     assert list(state) == list(torchs.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in torchs.named_parameters()]
-    assert [n for n, _ in ours.named_buffers()] == [n for n, _ in torchs.named_buffers()]
+    own = {"nonfinite_batches"}  # counted by normkit alone, and outside the state dict
+    assert [n for n, _ in ours.named_buffers() if n not in own] == [n for n, _ in torchs.named_buffers()]
     dtype = kwargs.get("dtype", torch.float64 if torch.float64 in args else torch.float32)
     x = data(name, dtype)
     with torch.no_grad():

@@ -23,14 +23,14 @@ import normkit.functional as NF
 from cases import DTYPES, HALF
 from normkit import backends
 from normkit.kernels import cpu
-from tolerance import assert_same_bits
+from tolerance import assert_same_bits, threads
 
 if cpu.unavailable() is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
     pytest.skip("torch here has no DLPack exchange API, or the core is off", allow_module_level=True)
 
 core = cpu._core
 WHOLE = ("norm_recorded", "norm_backward")  # of the core; of backends:
-NOW = ("norm_now", "norm_backward_now", "batch_norm_now", "batch_norm_backward_now")
+NOW = ("norm_now", "norm_backward_now", "batch_norm_now", "batch_norm_backward_now", "sample_norm_now")
 LARGE = (1024, 2048)  # float32: 8 MiB, a block of kept memory
 
 
@@ -79,6 +79,48 @@ def steps(call: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     plain, outputs = [(one,) if isinstance(one, Tensor) else tuple(one) for one in (plain, outputs)]
     douts = [torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype) for out in outputs]
     return [*plain, *(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, douts)]
+
+
+SAMPLES = ((3, 4, 7), (2, 6, 5, 3), (5, 4), (4, 300, 17), (2, 4, 9000), (1, 4, 3), (3, 8, 64, 64))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_norm_in_one_call_is_the_general_way_to_rounding(
+    dtype: torch.dtype, last: bool, generally: Callable[[Callable[[], Any]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over a group's channels are added in another order, in float64."""
+    taken = []
+
+    def counted(*arguments: Any) -> Any:
+        out = cpu.sample_norm_now(*arguments)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(backends, "sample_norm_now", counted)
+    for shape in SAMPLES:
+        x = torch.randn(shape) * 2 + 50
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        tensors = [x.to(dtype), torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)]
+        calls: list[Callable[..., Tensor]] = [lambda x, w, b: NF.group_norm(x, 2, w, b)]
+        if len(shape) > 2:
+            calls.append(lambda x, w, b: NF.instance_norm(x, None, None, w, b))
+        for call in calls:
+            found, expected = steps(call, tensors), generally(lambda: steps(call, tensors))  # noqa: B023
+            for one, other in zip(found, expected, strict=True):
+                eps = torch.finfo(dtype).eps * (64 if dtype is torch.float64 else 1)
+                scale = float(other.abs().max())
+                torch.testing.assert_close(one, other, rtol=2 * eps, atol=2 * eps * scale, msg=f"{shape} {dtype}")
+                assert one.stride() == other.stride() or 1 in shape
+    assert taken.count(True) >= 20
+
+
+def test_one_large_sample_is_left_to_the_general_way_which_shares_its_channels() -> None:
+    x = torch.randn(1, 8, 256, 64)
+    with threads(2):
+        assert cpu.sample_norm_now(x, 2, None, None, 1e-5) is None
+    torch.testing.assert_close(NF.group_norm(x, 2), torch.nn.functional.group_norm(x, 2), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- the same bits

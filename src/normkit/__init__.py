@@ -6,9 +6,10 @@ Read next: layers/rows.py, where the walk from a layer to the arithmetic starts.
 
 import torch as _torch  # first: the compiled core shares the OpenMP runtime that torch brings  # noqa: F401
 
-from normkit import functional
+from normkit import convert, functional
 from normkit.backends import BackendUnavailable, reasons, set_kept_bytes, use_backend
 from normkit.layers import (
+    Accumulation,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -17,13 +18,22 @@ from normkit.layers import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    Recomputation,
+    Recomputed,
     RMSNorm,
+    SyncBatchNorm,
+    accumulate_statistics,
+    frozen_statistics,
+    recompute_statistics,
+    statistics_step,
 )
+from normkit.layers.columns import LayerNorm2d
 from normkit.placement import Placement, PostNorm, PreNorm, Residual, ResidualStack
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulation",
     "BackendUnavailable",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -33,14 +43,23 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
     "Placement",
     "PostNorm",
     "PreNorm",
     "RMSNorm",
+    "Recomputation",
+    "Recomputed",
     "Residual",
     "ResidualStack",
+    "SyncBatchNorm",
+    "accumulate_statistics",
+    "convert",
+    "frozen_statistics",
     "functional",
     "reasons",
+    "recompute_statistics",
     "set_kept_bytes",
+    "statistics_step",
     "use_backend",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,7 @@ def normalized_shape(
 ) -> tuple[int, ...]:
     """The trailing shape over which x is normalized, as a tuple; x, weight and bias fit it."""
     tensor(op, "x", x)
+    not_strided_nested(op, "x", x)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape:
         raise ValueError(
@@ -84,10 +86,14 @@ def addend(op: str, x: Tensor, residual: Tensor) -> None:
     """x and residual are added: their shapes must be equal, since a broadcast would hide a mistake."""
     tensor(op, "x", x)
     tensor(op, "residual", residual)
+    not_strided_nested(op, "x", x)
+    not_strided_nested(op, "residual", residual)
     if x.shape != residual.shape:
+        advice = (
+            "make both of the same offsets" if x.is_nested or residual.is_nested else "expand it to that shape first"
+        )
         raise ValueError(
-            f"{op}: residual must have x's shape {shape_text(x.shape)}, got {shape_text(residual.shape)}; "
-            f"expand it to that shape first"
+            f"{op}: residual must have x's shape {shape_text(x.shape)}, got {shape_text(residual.shape)}; {advice}"
         )
 
 
@@ -101,12 +107,17 @@ def batch_norm(
     training: bool,
     eps: float,
 ) -> None:
-    """x (B, C, ...) with vectors of C numbers; enough values a channel in training, statistics to use in eval."""
+    """x (B, C, ...) with vectors of C numbers; statistics to use in eval."""
     channels(op, x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _running_statistics(op, running_mean, running_var, training, "training", eps)
-    if training and x.shape[0] * x.shape[2:].numel() == 1:
+
+
+def two_values(op: str, x: Tensor, count: int) -> None:
+    """A channel's statistics need more than one value; none at all is an empty batch."""
+    if count == 1:
+        valid = "" if x.shape[0] * x.shape[2:].numel() == 1 else " with 1 valid value per channel in all"
         raise ValueError(
-            f"{op}: training needs more than 1 value per channel, got x of shape {shape_text(x.shape)}; "
+            f"{op}: training needs more than 1 value per channel, got x of shape {shape_text(x.shape)}{valid}; "
             f"use a larger batch, or eval mode"
         )
 
@@ -193,3 +204,27 @@ def momentum_or_decay(op: str, momentum_given: bool, momentum: float | None, dec
     for name, value in (("momentum", momentum), ("decay", decay)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"{op}: {name} must lie between 0 and 1, got {value}; usual are momentum=0.1, decay=0.9")
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def not_strided_nested(op: str, name: str, value: Tensor) -> None:
+    """Of torch's two nested tensors only the jagged one has a shape, offsets and packed values."""
+    if value.is_nested and value.layout is not torch.jagged:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor or a nested tensor of layout torch.jagged, got a nested tensor of "
+            f"layout {value.layout}; make it with layout=torch.jagged"
+        )
+
+
+def process_group(op: str, name: str, group: object) -> None:
+    """`group` must be a process group; torch gives ranks that do not belong to it a number instead."""
+    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(
+            f"{op}: {name} must be a process group of torch.distributed that this rank belongs to, got "
+            f"{type(group).__name__}; pass what torch.distributed.new_group or a DeviceMesh's get_group returned"
+        )

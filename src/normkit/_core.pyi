@@ -144,6 +144,47 @@ def channels_backward_affine(
     threads: int,
     /,
 ) -> None: ...
+def columns_forward(
+    dtype: int,
+    batch: int,
+    channels: int,
+    space: int,
+    x: int,
+    x_batch_stride: int,
+    x_line_stride: int,
+    weight: int,
+    weight_dtype: int,
+    bias: int,
+    bias_dtype: int,
+    eps: float,
+    out: int,
+    mean: int,
+    rstd: int,
+    threads: int,
+    /,
+) -> None: ...
+def columns_backward(
+    dtype: int,
+    batch: int,
+    channels: int,
+    space: int,
+    dout: int,
+    dout_batch_stride: int,
+    dout_line_stride: int,
+    x: int,
+    x_batch_stride: int,
+    x_line_stride: int,
+    mean: int,
+    rstd: int,
+    weight: int,
+    weight_dtype: int,
+    dx: int,
+    dweight: int,
+    dbias: int,
+    threads: int,
+    /,
+) -> None: ...
+def empty_like(x: Tensor, /) -> Tensor | None: ...
 def bind_torch(functions: dict[str, object], /) -> None: ...
 def norm_now(
     x: Tensor,
@@ -203,7 +244,11 @@ def batch_norm_now(
     training: bool,
     momentum: float,
     eps: float,
+    guarded: bool,
     /,
+) -> Tensor | None: ...
+def sample_norm_now(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, /
 ) -> Tensor | None: ...
 def batch_norm_backward_now(
     dout: Tensor,

@@ -1,7 +1,7 @@
 """Differentiation: what each family saves in forward and what its backward does.
 
 Here: RowNorm and ChannelNorm, the two autograd functions of the library.
-May import: torch, statistics, backends, reference.
+May import: torch, statistics, ranks, backends, reference.
 Read next: backends.py, which says who computes; kernels/cpu.py, which computes.
 
 Backward runs on the backend that forward ran on, unless it must itself be differentiated (`create_graph=True`) or
@@ -12,15 +12,17 @@ statistics computed again from the input, so that higher derivatives are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit import backends, reference, statistics
+from normkit import backends, ranks, reference, statistics
 from normkit.backends import Backend
 from normkit.reference import Count, accumulation_dtype
+from normkit.statistics import Moments
 
 
 def _differentiated(*gradients: Tensor | None) -> bool:
@@ -134,29 +136,37 @@ def per_channel(values: Tensor, channels: int) -> Tensor:
     return values.repeat_interleave(channels // values.shape[1], 1)
 
 
-def channel_moments(primitives: Any, x: Tensor, groups: int | None) -> tuple[Count, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Shared:
+    """What statistics that are the batch's own were taken over, so that the gradient flows through them."""
+
+    count: Count  # how many values stand behind each of them
+    group: object  # the process group whose ranks' batches they are of, or None
+
+
+def channel_moments(primitives: Any, x: Tensor, mask: Tensor | None, groups: int | None) -> Moments:
     """count, mean and m2 of x (B, C, S): (C,) over the batch or, with `groups`, (B, G) of each sample.
 
     The channels of a group are merged by Chan's formula.
     """
-    count, mean, m2 = primitives.channels_moments(x, None, groups is not None)
+    count, mean, m2 = primitives.channels_moments(x, mask, groups is not None)
     batch, channels, _ = x.shape
     if groups is None or groups == channels:
-        return count, mean, m2
+        return Moments(count, mean, m2)
     grouped = (batch, groups, channels // groups)
     mean, m2 = mean.reshape(grouped), m2.reshape(grouped)
     center = mean.mean(2, keepdim=True)  # of equal counts
     between = ((mean - center) ** 2).sum(2) * count
-    return count * (channels // groups), center.squeeze(2), m2.sum(2) + between
+    return Moments(count * (channels // groups), center.squeeze(2), m2.sum(2) + between)
 
 
 class ChannelNorm(torch.autograd.Function):
-    """Normalizes (B, C, ...) with given statistics, (C,) or (B, G). Saves x, weight, mean and rstd.
+    """Normalizes (B, C, ...) with given statistics, (C,) or (B, G). Saves x, weight, mean, rstd and mask.
 
-    `count` is the number of values behind each of the statistics when they are this batch's own, and the
-    gradient flows through them; None when they are fixed (running statistics), and dx = dout * scale. `eps` is what
-    rstd was made with: backward needs it where it is itself differentiated. `computed` holds the result: forward only
-    records it. It comes in a list, since autograd would take a tensor that is both argument and result for a view.
+    `shared` tells what the statistics were taken over when they are this batch's own, and the gradient flows through
+    them; None when they are fixed (running statistics), and dx = dout * scale. `eps` is what rstd was made with:
+    backward needs it where it is itself differentiated. `computed` holds the result: forward only records it. It comes
+    in a list, since autograd would take a tensor that is both argument and result for a view.
     """
 
     @staticmethod
@@ -168,88 +178,105 @@ class ChannelNorm(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
-        count: int | None,
+        shared: Shared | int | None,
         eps: float,
         computed: list[Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.backend, ctx.count, ctx.eps = backend, count, eps
+        ctx.save_for_backward(x, weight, mean, rstd, mask)
+        ctx.backend, ctx.eps = backend, eps
+        ctx.shared = Shared(shared, None) if isinstance(shared, int) else shared  # the core knows a count only
         ctx.bias_dtype = None if bias is None else bias.dtype
         return computed.pop()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, mean, rstd, mask = ctx.saved_tensors
         _, x_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
         parameters = weight_needs or bias_needs
         backend: Backend = ctx.backend
+        shared: Shared | None = ctx.shared
         found = None
-        if backend is backends.CPU and ctx.count is not None and not torch.compiler.is_compiling():
+        plain = mask is None and shared is not None and shared.group is None
+        if plain and backend is backends.CPU and not torch.compiler.is_compiling():
             narrow = weight is not None and ctx.bias_dtype in (None, weight.dtype)
             found = backends.batch_norm_backward_now(dout, x, mean, rstd, weight, x_needs, parameters, narrow)
         if found is None:
             if _differentiated(dout):
                 backend = reference
-                if ctx.count is not None:
-                    groups = mean.shape[1] if mean.dim() == 2 else None
-                    _, mean, m2 = channel_moments(reference, lines(x), groups)
-                    rstd = torch.rsqrt(statistics.variance(ctx.count, m2) + ctx.eps)
+                if shared is not None:
+                    mean, rstd = _statistics_again(x, mask, mean, shared, ctx.eps)
             needs = (x_needs, parameters)
-            dx, *sums = channel_gradients(backend, lines(dout), lines(x), mean, rstd, weight, ctx.count, needs)
+            dx, *sums = channel_gradients(backend, lines(dout), lines(x), mask, mean, rstd, weight, shared, needs)
             found = (None if dx is None else dx.view(x.shape), *sums)
         dx, dweight, dbias = found
         if dweight is not None:
             dweight = _in_dtype(dweight, weight.dtype) if weight_needs else None
         if dbias is not None:
             dbias = _in_dtype(dbias, ctx.bias_dtype) if bias_needs else None
-        return None, dx, dweight, dbias, None, None, None, None, None
+        return None, dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _statistics_again(
+    x: Tensor, mask: Tensor | None, mean: Tensor, shared: Shared, eps: float
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd as differentiable functions of x."""
+    moments = channel_moments(reference, lines(x), mask, mean.shape[1] if mean.dim() == 2 else None)
+    if shared.group is not None:
+        moments = statistics.over_ranks(moments, shared.group)
+    return moments.mean, statistics.reciprocal_root(moments, eps)
 
 
 def channel_gradients(
     backend: Backend,
     dout: Tensor,  # (B, C, S)
     x: Tensor,  # (B, C, S)
+    mask: Tensor | None,  # (B, S)
     mean: Tensor,  # (C,) or (B, G)
     rstd: Tensor,  # as mean
     weight: Tensor | None,
-    count: int | None,
+    shared: Shared | None,
     needs: tuple[bool, bool],  # dx; dweight and dbias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias on the backward primitives; `count` as in ChannelNorm."""
-    (batch, channels, _), groups = x.shape, mean.shape[-1]
-    per_sample = mean.dim() == 2
-
-    def pooled(sums: Tensor) -> Tensor:
-        """Sums of channels, added up over what shares statistics and given back to each channel."""
-        if not per_sample:
-            return sums
-        return per_channel(sums.reshape(batch, groups, channels // groups).sum(2), channels)
-
+    """dx, dweight, dbias on the backward primitives; `shared` as in ChannelNorm."""
+    per_sample, channels = mean.dim() == 2, x.shape[1]
+    groups = mean.shape[1] if per_sample else None
     dtype = accumulation_dtype(x.dtype)
     mean, rstd = per_channel(mean, channels), per_channel(rstd, channels)
     center = mean.to(dtype)
     drift = mean - center.to(mean.dtype)  # what rounding took from the mean; see channel_vectors
     dx = sum_d = sum_d_xhat = None
-    if needs[1] or (needs[0] and count is not None):
-        sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, None, per_sample)
+    if needs[1] or (needs[0] and shared is not None):
+        sum_d, sum_d_deviation = backend.channels_backward_moments(dout, x, center, mask, per_sample)
         sum_d_xhat = (sum_d_deviation - drift * sum_d) * rstd
     if needs[0]:
         a = rstd if weight is None else rstd * weight.to(rstd.dtype)
-        if count is None:
-            dx = backend.channels_backward_affine(dout, None, None, a.to(dtype), None, None, None)
+        if shared is None:
+            dx = backend.channels_backward_affine(dout, None, None, a.to(dtype), None, None, mask)
         else:
             assert sum_d is not None
             assert sum_d_xhat is not None
             # dx = a * dout - rstd * (mean(dout * gain) + xhat * mean(dout * gain * xhat)), means over what shares
             # statistics, sorted by what multiplies (x - center)
-            n = max(count, 1)
-            b = pooled(-a * rstd * sum_d_xhat) / n
-            c = pooled(-a * sum_d) / n - b * drift
-            dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), None)
+            b, c = _pooled(-a * rstd * sum_d_xhat, -a * sum_d, groups, shared)
+            c = c - b * drift
+            dx = backend.channels_backward_affine(dout, x, center, a.to(dtype), b.to(dtype), c.to(dtype), mask)
         dx = dx.to(x.dtype)
     if per_sample and sum_d is not None and sum_d_xhat is not None:
         return dx, sum_d_xhat.sum(0), sum_d.sum(0)
     return dx, sum_d_xhat, sum_d
+
+
+def _pooled(b: Tensor, c: Tensor, groups: int | None, shared: Shared) -> tuple[Tensor, Tensor]:
+    """Sums of channels as means over what shares statistics: a sample's group of channels, or the batches of ranks."""
+    channels, count = b.shape[-1], shared.count
+    if groups is not None:
+        grouped = (b.shape[0], groups, channels // groups)
+        b, c = (per_channel(sums.reshape(grouped).sum(2), channels) for sums in (b, c))
+    elif shared.group is not None:
+        b, c = ranks.summed(torch.cat([b, c]), shared.group).chunk(2)
+    n = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return b / n, c / n
 
 
 # Function.apply is Python around this: it binds defaults and unwraps what torch.func transforms leave behind, for 1 us
@@ -301,12 +328,13 @@ def record_channel_norm(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    count: int | None,
+    shared: Shared | int | None,
     eps: float,
     out: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`out` as ChannelNorm's result."""
-    recorded: Tensor = _apply_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, [out])
+    recorded: Tensor = _apply_channel_norm(backend, x, weight, bias, mean, rstd, shared, eps, [out], mask)
     return recorded
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit import reference
-from normkit.kernels import cpu, memory
+from normkit.kernels import columns, cpu, memory
 from normkit.reference import Count
 
 
@@ -78,8 +78,11 @@ _TRITON_IS_OFF = "this version has no Triton kernels; CUDA tensors take the refe
 _forced = cpu.forced
 
 CPU: Backend = cpu
+COLUMNS = cast(Backend, columns)  # its row primitives for the channels of channels-first memory; it has no others
+suits_columns = columns.suits
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
 batch_norm_now, batch_norm_backward_now = cpu.batch_norm_now, cpu.batch_norm_backward_now
+sample_norm_now = cpu.sample_norm_now
 recorders, set_kept_bytes = cpu.recorders, memory.set_kept_bytes
 
 

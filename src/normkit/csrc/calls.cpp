@@ -253,12 +253,24 @@ bool view_running(nb::handle tensor, int64_t channels, TensorView* view) {
     return view_per_channel(tensor, channels, view) && !refuses_update(tensor);
 }
 
+// Whether samples are what threads may share; 32768 elements are where a second thread began to pay (rows.cpp).
+bool shared_by_samples(const ChannelsShape& shape, int threads) {
+    return shape.batch >= threads || shape.batch * shape.channels * shape.space < 32768;
+}
+
+bool all_finite(const ChannelsNorm& args, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c)
+        if (args.mean[c] - args.mean[c] != 0 || args.m2[c] - args.m2[c] != 0) return false;
+    return true;
+}
+
 }  // namespace
 
 // BatchNorm's out; None where something is active, an argument is not plain or not right, or a gradient with fixed
-// statistics is wanted. In training the running averages are updated.
+// statistics is wanted. In training the running averages are updated; if `guarded`, None for a batch that would bring
+// NaN or infinity into them.
 nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle running_var, nb::handle weight,
-                          nb::handle bias, nb::handle in_training, nb::handle momentum, nb::handle eps) {
+                          nb::handle bias, nb::handle in_training, nb::handle momentum, nb::handle eps, bool guarded) {
     TensorView view, mean_view, var_view;
     ChannelsNorm args{};
     if (!bound() || !nothing_active() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
@@ -305,6 +317,7 @@ nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle runn
         nb::gil_scoped_release release;
         channels_normalize(args, view.dtype, threads);
     }
+    if (guarded && training && tracked && !all_finite(args, channels)) return nb::none();
     // Recording may refuse (an inference tensor, a hook on saved tensors): before the running averages have moved.
     const nb::object result =
         gradient ? record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out) : nb::object(out);
@@ -317,8 +330,38 @@ nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle runn
     return result;
 }
 
-// (dx, dweight, dbias) where the statistics are the batch's own, None for what is not wanted; the last two in float64,
-// or in weight's dtype if `narrow`. None alone if this backward is itself recorded, or as above.
+// GroupNorm's out, InstanceNorm's with a group per channel; None as above, and where there are fewer samples than
+// threads and much to do: samples are what is shared.
+nb::object sample_norm_now(nb::handle x, nb::handle groups, nb::handle weight, nb::handle bias, nb::handle eps) {
+    TensorView view, vector;
+    ChannelsNorm args{};
+    if (!bound() || !nothing_active() || !view_channels(x, &view, &args.shape, &args.x)) return nb::none();
+    if (!PyLong_CheckExact(groups.ptr()) || !PyFloat_CheckExact(eps.ptr())) return nb::none();
+    int overflow = 0;
+    const int64_t channels = args.shape.channels, wanted = PyLong_AsLongLongAndOverflow(groups.ptr(), &overflow);
+    args.eps = PyFloat_AS_DOUBLE(eps.ptr());
+    if (overflow != 0 || wanted < 1 || channels % wanted != 0 || !(args.eps > 0)) return nb::none();
+    const int64_t count = channels / wanted * args.shape.space;
+    const int threads = num_threads();
+    if (count < 2 || !shared_by_samples(args.shape, threads)) return nb::none();
+    if (!view_affine(weight, bias, channels, view.dtype, &args)) return nb::none();
+    const nb::object out = empty_like(x, view, &args.out);
+    const int64_t sizes[2] = {args.shape.batch, wanted};
+    const nb::object mean = empty(kFloat64, 2, sizes, &vector);
+    args.mean = static_cast<double*>(vector.data());
+    const nb::object rstd = empty(kFloat64, 2, sizes, &vector);
+    args.rstd = static_cast<double*>(vector.data());
+    {
+        nb::gil_scoped_release release;
+        samples_normalize(args, wanted, view.dtype, threads);
+    }
+    if (!wants_gradient(x, weight, bias, nb::none())) return out;
+    return record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out);
+}
+
+// (dx, dweight, dbias) where the statistics are the batch's own, (C,), or each sample's groups', (B, groups); None for
+// what is not wanted; the last two in float64, or in weight's dtype if `narrow`. None alone if this backward is itself
+// recorded, or as above.
 nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
                                    bool dx, bool parameters, bool narrow) {
     TensorView view, dout_view, mean_view, rstd_view;
@@ -331,8 +374,14 @@ nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mea
     if (dout_shape.channels_last != args.shape.channels_last) return nb::none();
     const int64_t channels = args.shape.channels;
     if (!view_affine(weight, nb::none(), channels, view.dtype, &args)) return nb::none();
-    if (!view_per_channel(mean, channels, &mean_view) || mean_view.dtype != kFloat64) return nb::none();
-    if (!view_per_channel(rstd, channels, &rstd_view) || rstd_view.dtype != kFloat64) return nb::none();
+    if (!view_tensor(mean, &mean_view) || !mean_view.contiguous() || mean_view.dtype != kFloat64) return nb::none();
+    if (!view_tensor(rstd, &rstd_view) || !rstd_view.contiguous() || rstd_view.dtype != kFloat64) return nb::none();
+    const int64_t statistics = mean_view.size(mean_view.ndim() - 1);  // per channel, or each sample's groups
+    const bool of_samples = mean_view.ndim() == 2;
+    if (rstd_view.numel() != mean_view.numel() || channels % statistics != 0) return nb::none();
+    if (mean_view.numel() != (of_samples ? args.shape.batch * statistics : channels)) return nb::none();
+    const int threads = num_threads();
+    if (of_samples && !shared_by_samples(args.shape, threads)) return nb::none();
     args.count = args.shape.batch * args.shape.space;
     args.mean = static_cast<double*>(mean_view.data());
     args.rstd = static_cast<double*>(rstd_view.data());
@@ -348,10 +397,13 @@ nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mea
         results[i + 1] = empty(dtype, 1, &channels, &made);
         targets[i] = made.data();
     }
-    const int threads = num_threads();
     {
         nb::gil_scoped_release release;
-        channels_gradients(args, view.dtype, threads);
+        if (of_samples) {
+            samples_gradients(args, statistics, view.dtype, threads);
+        } else {
+            channels_gradients(args, view.dtype, threads);
+        }
         if (parameters) {
             kernels().narrow[dtype](args.dweight, targets[0], channels);
             kernels().narrow[dtype](args.dbias, targets[1], channels);

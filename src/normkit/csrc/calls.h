@@ -16,7 +16,8 @@ nb::object norm_backward(nb::handle dout, nb::handle dtotal, nb::handle total, n
 nb::object norm_backward_now(nb::handle dout, nb::handle dtotal, nb::handle total, nb::handle mean, nb::handle rstd,
                              nb::handle weight, double weight_offset, bool dx, bool dweight, bool dbias, bool narrow);
 nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle running_var, nb::handle weight,
-                          nb::handle bias, nb::handle in_training, nb::handle momentum, nb::handle eps);
+                          nb::handle bias, nb::handle in_training, nb::handle momentum, nb::handle eps, bool guarded);
+nb::object sample_norm_now(nb::handle x, nb::handle groups, nb::handle weight, nb::handle bias, nb::handle eps);
 nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
                                    bool dx, bool parameters, bool narrow);
 

@@ -1,60 +1,12 @@
-// Channel norms: how the work is cut and who computes which piece. The arithmetic is in channels.h and
-// affine.h.
-// Nothing here may change a result's bits with the number of threads: cuts depend on (B, C, S) alone.
-// Read next: channels.h, affine.h.
+// Channel norms: who computes which piece. The arithmetic is in channels.h and affine.h.
+// Nothing here may change a result's bits with the number of threads.
+// Read next: cuts.h, samples.cpp; channels.h, affine.h.
 #include <initializer_list>
 
-#include "share.h"
+#include "cuts.h"
 
 namespace normkit {
 namespace {
-
-ChannelBlocks cut(const ChannelsShape& shape, bool per_sample) {
-    ChannelBlocks cut{};
-    cut.groups = per_sample ? shape.batch : 1;
-    if (shape.channels_last) {
-        const int64_t width = shape.channels < kTile ? shape.channels : kTile;
-        const int64_t rows = 32768 / (width > 0 ? width : 1);
-        cut.rows_per_block = rows < kMaxTileRows ? rows : kMaxTileRows;
-        cut.tiles = divide_up(shape.channels, kTile);
-        cut.blocks = divide_up(per_sample ? shape.space : shape.batch * shape.space, cut.rows_per_block);
-    } else {
-        const int64_t samples = shape.space > 0 ? kSpaceBlock / 2 / shape.space : 1;
-        cut.samples_per_block = per_sample || samples < 1 ? 1 : samples;
-        cut.space_blocks = divide_up(shape.space, kSpaceBlock);
-        cut.blocks = cut.space_blocks * (per_sample ? 1 : divide_up(shape.batch, cut.samples_per_block));
-        cut.tiles = shape.channels;
-    }
-    return cut;
-}
-
-int64_t valid(const uint8_t* mask, int64_t n) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
-    return count;
-}
-
-// Elements of one channel in block k of group g; the same for every channel.
-double block_count(const ChannelsShape& shape, const ChannelBlocks& cut, int64_t g, int64_t k) {
-    if (shape.channels_last) {
-        const int64_t lines = cut.groups > 1 ? shape.space : shape.batch * shape.space;
-        const int64_t first = k * cut.rows_per_block, left = lines - first;
-        const int64_t n = left < cut.rows_per_block ? left : cut.rows_per_block;
-        return double(shape.mask != nullptr ? valid(shape.mask + g * shape.space + first, n) : n);
-    }
-    const int64_t sample = cut.groups > 1 ? g : k / cut.space_blocks * cut.samples_per_block;
-    const int64_t samples_left = shape.batch - sample;
-    const int64_t samples = samples_left < cut.samples_per_block ? samples_left : cut.samples_per_block;
-    const int64_t start = k % cut.space_blocks * kSpaceBlock;
-    const int64_t n = shape.space - start < kSpaceBlock ? shape.space - start : kSpaceBlock;
-    if (shape.mask == nullptr) return double(samples * n);
-    int64_t count = 0;
-    for (int64_t b = 0; b < samples; ++b) count += valid(shape.mask + (sample + b) * shape.space + start, n);
-    return double(count);
-}
-
-using UnitKernel = void (*)(const ChannelsReduction&, int64_t first, int64_t last);
-using MergeKernel = void (*)(const ChannelsReduction&, int64_t group, int64_t first, int64_t last);
 
 // Partial results of every block into scratch memory, then each group's blocks merged in their order.
 void reduce(ChannelsReduction& args, int threads, UnitKernel unit, MergeKernel merge) {
@@ -74,10 +26,6 @@ void reduce(ChannelsReduction& args, int threads, UnitKernel unit, MergeKernel m
             merge(args, piece / pieces, start, start + kTile < channels ? start + kTile : channels);
         }
     });
-}
-
-int64_t pieces_per_line(const ChannelsShape& shape) {
-    return divide_up(shape.channels_last ? shape.channels : shape.space, kSpaceBlock);
 }
 
 // The samples of dense channels-last tensors as one: their lines follow each other.
@@ -108,15 +56,6 @@ void affine(ChannelsAffine args, int dtype, int threads, int tensors, Kernel ker
           [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
 
-// counts[g * blocks + k] for channels_moments.
-Scratch<double> block_counts(const ChannelsShape& shape, const ChannelBlocks& cut) {
-    Scratch<double> counts = scratch<double>(cut.groups * cut.blocks);
-    for (int64_t g = 0; g < cut.groups; ++g)
-        for (int64_t k = 0; k < cut.blocks; ++k)
-            counts[static_cast<size_t>(g * cut.blocks + k)] = block_count(shape, cut, g, k);
-    return counts;
-}
-
 }  // namespace
 
 void channels_moments(ChannelsReduction args, int dtype, bool per_sample, int threads) {
@@ -142,30 +81,6 @@ void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads
 // ------------------------------------------------------------------------------- reduction and affine in one call
 
 namespace {
-
-// (C,) numbers in the accumulation dtype, read and written as double.
-struct Vector {
-    Scratch<char> memory;
-    void* data;
-    bool wide;
-
-    Vector(int64_t channels, int dtype)
-        : memory(scratch<char>(channels * accumulation_bytes(dtype))), data(memory.get()), wide(dtype == kFloat64) {}
-    double operator[](int64_t c) const {
-        return wide ? static_cast<double*>(data)[c] : double(static_cast<float*>(data)[c]);
-    }
-    // Returns the value as rounded.
-    double set(int64_t c, double value) {
-        if (wide) return static_cast<double*>(data)[c] = value;
-        return double(static_cast<float*>(data)[c] = float(value));
-    }
-};
-
-Vector widened(const Weight& weight, int64_t channels, int dtype) {
-    Vector vector(channels, dtype);
-    kernels().widen[weight.data != nullptr ? weight.dtype : dtype](weight.data, 0, vector.data, channels);
-    return vector;
-}
 
 // Channels whose data should be reduced and written before the next: all of them where everything stays in the last
 // cache; else what a core's own cache holds, so that memory is read once, but 16 KiB of every sample at least, since
@@ -220,15 +135,6 @@ void reduce_and_apply(ChannelsReduction reduction, ChannelsAffine apply, int dty
             kernel(some, 0, shape.batch * (end - c) * pieces);
         }
     });
-}
-
-void set_layout(const ChannelsNorm& args, ChannelsAffine* apply) {
-    apply->shape = args.shape;
-    apply->x = args.x;
-    apply->dout = args.dout;
-    apply->out = args.out;
-    apply->out_batch_stride = args.x.batch_stride;
-    apply->out_line_stride = args.x.line_stride;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What the core's parts agree on: dtypes, arguments of the primitives, the table of kernels of one instruction set.
 // May include: the C headers of libc. No templates, no inline functions: baseline and AVX-512 code both read this.
-// Read next: rows.h, channels.h, affine.h (arithmetic), rows.cpp, channels.cpp (threads and splitting).
+// Read next: rows.h, channels.h, affine.h, columns.h (arithmetic), rows.cpp, channels.cpp, columns.cpp (threads and
+// splitting).
 #pragma once
 
 #include <stdint.h>
@@ -131,6 +132,38 @@ struct ChannelsNorm {
     void* out;                     // out or dx; dx may be null
 };
 
+constexpr int64_t kStrip = 128;  // positions of a line that are computed together, for all channels
+
+// LayerNorm over C of (B, C, S), S contiguous: each position of each sample has its own statistics.
+struct ColumnsForward {
+    int64_t batch, channels, space;
+    Lines x;                   // along S
+    Weight weight, bias;       // (C,), without an offset; absent where their data is null
+    const void *gain, *shift;  // (C,): weight and bias in the accumulation dtype; ones and zeros where absent
+    double eps;
+    void* out;          // (B, C, S) contiguous
+    bool stream;        // out is written past the caches
+    void *mean, *rstd;  // (B, S) in the accumulation dtype, or null where nobody wants them
+};
+
+struct ColumnsBackward {
+    int64_t batch, channels, space;
+    Lines x, dout;
+    const void *mean, *rstd;  // (B, S)
+    Weight weight;
+    const void* gain;          // as in ColumnsForward
+    void* dx;                  // (B, C, S) contiguous, or null
+    bool stream;               // dx is written past the caches
+    void *dweight, *dbias;     // (blocks, C) in the accumulation dtype, both or null
+    int64_t strips_per_block;  // strips that one line of dweight and dbias sums up
+};
+
+struct ColumnKernels {
+    void (*forward[kDtypes])(const ColumnsForward&, int64_t first, int64_t last);
+    // lanes: memory for two vectors of each channel, where dweight is wanted
+    void (*backward[kDtypes])(const ColumnsBackward&, int64_t first, int64_t last, void* lanes);
+};
+
 // One instruction set's kernels, indexed by Dtype. first/last bound rows, row blocks or units (see the callers).
 struct Kernels {
     const char* name;
@@ -145,6 +178,7 @@ struct Kernels {
     void (*merge_sums)(const ChannelsReduction&, int64_t group, int64_t first, int64_t last);
     void (*channels_affine[kDtypes])(const ChannelsAffine&, int64_t first, int64_t last);
     void (*channels_backward_affine[kDtypes])(const ChannelsAffine&, int64_t first, int64_t last);
+    const ColumnKernels* columns;
 };
 
 // dispatch.cpp
@@ -162,7 +196,7 @@ bool within_core_cache(int64_t bytes);
 bool has_openmp();
 void prefer_huge_pages(void* data, int64_t bytes);
 
-// rows.cpp, channels.cpp: the primitives. They fill in what their arguments leave open: gain, bias, partials, cuts.
+// rows.cpp, channels.cpp, columns.cpp: the primitives. They fill in what their arguments leave open: gain, bias, partials, cuts.
 struct RowsBackwardResult {
     void *dweight, *dbias;  // (D,) in the accumulation dtype or, if narrow, in x's; or null
     bool narrow;
@@ -175,6 +209,12 @@ void channels_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_backward_affine(const ChannelsAffine& args, int dtype, int threads);
 void channels_normalize(const ChannelsNorm& args, int dtype, int threads);
 void channels_gradients(const ChannelsNorm& args, int dtype, int threads);
+// samples.cpp: the same with statistics of each sample's groups of channels; args.mean and args.rstd are (B, groups).
+void samples_normalize(const ChannelsNorm& args, int64_t groups, int dtype, int threads);
+void samples_gradients(const ChannelsNorm& args, int64_t groups, int dtype, int threads);
+void columns_forward(ColumnsForward args, int dtype, int threads);
+// dweight and dbias: (C,) in the accumulation dtype, or null
+void columns_backward(ColumnsBackward args, int dtype, void* dweight, void* dbias, int threads);
 // statistics.update_running for one of the (C,) averages, in place: of mean (divisor 1) or m2 (divisor count - 1).
 void update_running(void* running, int dtype, const double* batch, double divisor, double momentum, int64_t channels);
 

@@ -9,6 +9,7 @@
 
 namespace normkit::NORMKIT_ISA {
 
+extern const ColumnKernels column_table;  // column_kernels.cpp
 extern const Kernels table;
 const Kernels table = {
     NORMKIT_TEXT(NORMKIT_ISA),
@@ -25,6 +26,7 @@ const Kernels table = {
     {channels_affine<float>, channels_affine<double>, channels_affine<bfloat16>, channels_affine<float16>},
     {channels_backward_affine<float>, channels_backward_affine<double>, channels_backward_affine<bfloat16>,
      channels_backward_affine<float16>},
+    &column_table,
 };
 
 }  // namespace normkit::NORMKIT_ISA

@@ -127,6 +127,47 @@ void backward_affine(int dtype, int64_t batch, int64_t channels, int64_t space, 
     channels_backward_affine(args, dtype, threads);
 }
 
+void forward_columns(int dtype, int64_t batch, int64_t channels, int64_t space, Address x, int64_t x_batch_stride,
+                     int64_t x_line_stride, Address weight, int weight_dtype, Address bias, int bias_dtype, double eps,
+                     Address out, Address mean, Address rstd, int threads) {
+    ColumnsForward args{};
+    args.batch = batch;
+    args.channels = channels;
+    args.space = space;
+    args.x = {at(x), x_batch_stride, x_line_stride};
+    args.weight = {at(weight), weight_dtype, 0};
+    args.bias = {at(bias), bias_dtype, 0};
+    args.eps = eps;
+    args.out = at(out);
+    args.mean = at(mean);
+    args.rstd = at(rstd);
+    columns_forward(args, dtype, threads);
+}
+
+void backward_columns(int dtype, int64_t batch, int64_t channels, int64_t space, Address dout,
+                      int64_t dout_batch_stride, int64_t dout_line_stride, Address x, int64_t x_batch_stride,
+                      int64_t x_line_stride, Address mean, Address rstd, Address weight, int weight_dtype, Address dx,
+                      Address dweight, Address dbias, int threads) {
+    ColumnsBackward args{};
+    args.batch = batch;
+    args.channels = channels;
+    args.space = space;
+    args.dout = {at(dout), dout_batch_stride, dout_line_stride};
+    args.x = {at(x), x_batch_stride, x_line_stride};
+    args.mean = at(mean);
+    args.rstd = at(rstd);
+    args.weight = {at(weight), weight_dtype, 0};
+    args.dx = at(dx);
+    columns_backward(args, dtype, at(dweight), at(dbias), threads);
+}
+
+// New memory of a dense tensor's shape, dtype and strides: a block of memory.h where it is large. None as in calls.h.
+nb::object new_like(nb::handle x) {
+    TensorView view;
+    void* data = nullptr;
+    return bound() && view_tensor(x, &view) ? empty_like(x, view, &data) : nb::none();
+}
+
 nb::list isas() {
     nb::list names;
     for (int i = 0; i < isa_count(); ++i) names.append(isa_name(i));
@@ -152,6 +193,9 @@ NB_MODULE(_core, m) {
     m.def("channels_affine", &affine, release);
     m.def("channels_backward_moments", &backward_moments, release);
     m.def("channels_backward_affine", &backward_affine, release);
+    m.def("columns_forward", &forward_columns, release);
+    m.def("columns_backward", &backward_columns, release);
+    m.def("empty_like", &new_like);
     const auto none = nb::arg().none();
     m.def("bind_torch", &bind_torch);
     m.def("norm_now", &norm_now, none, none, none, none, none, none, nb::arg(), nb::arg());
@@ -162,7 +206,8 @@ NB_MODULE(_core, m) {
           nb::arg(), nb::arg());
     m.def("set_block_limit", &set_block_limit);
     m.def("kept_bytes", &kept_bytes);
-    m.def("batch_norm_now", &batch_norm_now, none, none, none, none, none, none, none, none);
+    m.def("batch_norm_now", &batch_norm_now, none, none, none, none, none, none, none, none, nb::arg());
+    m.def("sample_norm_now", &sample_norm_now, none, none, none, none, none);
     m.def("batch_norm_backward_now", &batch_norm_backward_now, none, none, none, none, none, nb::arg(), nb::arg(),
           nb::arg());
     m.def("isa", [] { return kernels().name; });

@@ -30,5 +30,11 @@ def overridden(
     return result
 
 
+def apart(function: Callable[..., Returned], *args: Any, **kwargs: Any) -> Returned:
+    """The call between two graphs of torch.compile: collectives do not belong into one."""
+    result: Returned = torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return result
+
+
 def requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,23 +1,27 @@
 """Norms along channels: batch_norm over the batch, group_norm and instance_norm within a sample.
 
 Here: check the arguments, differentiate, call the backend; the docstrings that quote the formulas.
-May import: torch, _checks, reference, statistics, autograd, backends, calls.
-Read next: autograd.py, what is saved and what backward does.
+May import: torch, _checks, statistics, backends, calls, masks, channel_steps.
+Read next: channel_steps.py, the two steps of every channel norm.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 from torch.overrides import has_torch_function_variadic
 
-from normkit import _checks, backends, reference, statistics
-from normkit.autograd import channel_moments, channel_vectors, lines, per_channel, record_channel_norm
-from normkit.functional.calls import overridden, profiled, requires_grad
-from normkit.reference import accumulation_dtype
+from normkit import _checks, backends, statistics
+from normkit.functional import channel_steps
+from normkit.functional.calls import apart, overridden, profiled
+from normkit.functional.channel_steps import Given
+from normkit.functional.masks import Lengths, valid_positions
+from normkit.ranks import ProcessGroup
+from normkit.statistics import Moments
 
 
 def batch_norm(
@@ -29,6 +33,10 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Lengths | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Normalizes each channel over batch and space, with the batch's statistics in training and stored ones in eval.
 
@@ -45,6 +53,12 @@ def batch_norm(
         momentum: the weight of the *new* batch in the running average, torch's convention (Keras and Flax name the
             weight of the old average, 1 - momentum).
         eps: added to the variance under the root; positive in training.
+        mask: (B, *space) bool, True where x is valid; also broadcastable, or (B, 1, *space). Only valid positions
+            count in statistics, gradients and running averages; out and dx are 0 elsewhere. None: all are valid.
+        lengths: (B,) integers, for x (B, C, L): the first `lengths[b]` positions of sample b are valid.
+        process_group: whose ranks' batches share the statistics in training; every rank must make the call, forward
+            and backward, with the same C and dtype (the layers check that). None: this process alone. torch.compile
+            breaks its graph there.
 
     Returns:
         x's shape, dtype and memory format, new memory.
@@ -57,7 +71,10 @@ def batch_norm(
     Numerics: the biased variance normalizes, running_var averages the unbiased one (n / (n - 1)), as in torch.
         Moments are sums of squared deviations, merged by Chan's formula; float64 on the compiled core. `mean` is
         subtracted before scaling, which keeps precision where |mean| >> std. An empty batch leaves the running
-        statistics as they are. In eval the gradient does not read x: it is finite at x = inf, as in torch.
+        statistics as they are. In eval the gradient does not read x: it is finite at x = inf, as in torch. What
+        stands at invalid positions of x and dout, NaN included, changes no bit of anything. A single valid value in
+        all raises where the count is known without waiting for a device; elsewhere it normalizes to bias and leaves
+        the running statistics. Ranks are merged by Chan's formula in float64: all get the same bits.
 
     Example:
         >>> import torch, normkit.functional as F
@@ -67,30 +84,104 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2.
     """
-    if not torch.compiler.is_compiling():
+    alone = mask is None and lengths is None and process_group is None
+    if alone and not torch.compiler.is_compiling():
         plain: Tensor | None = backends.batch_norm_now(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
+            input, running_mean, running_var, weight, bias, training, momentum, eps, False
         )
         if plain is not None:
             return plain
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return overridden(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-        )
-    _checks.batch_norm("batch_norm", input, running_mean, running_var, weight, bias, training, eps)
+    tensors = (input, running_mean, running_var, weight, bias)
+    more = {"mask": mask, "lengths": lengths, "process_group": process_group}
+    more = {name: value for name, value in more.items() if value is not None}
+    if process_group is not None and torch.compiler.is_compiling():
+        return apart(batch_norm, *tensors, training, momentum, eps, **more)
+    if has_torch_function_variadic(*tensors, mask):
+        return overridden(batch_norm, (*tensors, mask), *tensors, training, momentum, eps, **more)
+    _checks.batch_norm("batch_norm", *tensors, training, eps)
+    given = Given(input, weight, bias, valid_positions("batch_norm", input, mask, lengths))
+    arguments = (given, running_mean, running_var, training, momentum, eps, process_group)
     if profiled():
         with profiler.record_function("normkit::batch_norm"):
-            return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _channel_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return _batch_norm(*arguments)
+    return _batch_norm(*arguments)
+
+
+def _batch_norm(
+    given: Given,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    group: ProcessGroup | None,
+) -> Tensor:
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        return channel_steps.normalized_by(given, running_mean, running_var, eps)
+    moments = channel_steps.batch_moments(given, group)
+    channel_steps.require_two("batch_norm", given.x, moments.count)
+    out = channel_steps.normalized(given, moments, eps, group)
+    if running_mean is not None and running_var is not None:
+        variance = statistics.unbiased_variance(moments.count, moments.m2)
+        keep = moments.count > 1  # an empty batch changes nothing
+        statistics.update_running(running_mean, running_var, momentum, moments.mean, variance, keep)
+    return out
+
+
+class BatchNormed(NamedTuple):
+    """What `batch_norm_with_moments` returns: out, and what it was normalized with."""
+
+    out: Tensor
+    moments: Moments
+
+
+def batch_norm_with_moments(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Lengths | None = None,
+    process_group: ProcessGroup | None = None,
+) -> BatchNormed:
+    """`batch_norm` in training that also returns the batch's moments, for running statistics of one's own.
+
+        out = (x - mean) / sqrt(m2 / count + eps) * weight + bias;     m2 = sum((x - mean)^2)
+
+    Args:
+        input, weight, bias, eps, mask, lengths, process_group: as in `batch_norm`.
+
+    Returns:
+        BatchNormed(out, moments), moments with the fields count, mean and m2: count is an int, or a tensor where a mask
+        or other ranks decide; mean and m2 are (C,) in the accumulation dtype or wider, not differentiable on a compiled
+        backend. Those of several batches merge by `normkit.statistics.merged`.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm`; but a single value per channel is normalized to bias, not refused.
+
+    Numerics: as `batch_norm`.
+
+    Example:
+        >>> import torch, normkit.functional as F
+        >>> F.batch_norm_with_moments(torch.tensor([[1.0], [3.0]])).moments.count
+        2
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    more = {"mask": mask, "lengths": lengths, "process_group": process_group}
+    more = {name: value for name, value in more.items() if value is not None}
+    if process_group is not None and torch.compiler.is_compiling():
+        return apart(batch_norm_with_moments, input, weight, bias, eps, **more)
+    if has_torch_function_variadic(input, weight, bias, mask):
+        return overridden(batch_norm_with_moments, (input, weight, bias, mask), input, weight, bias, eps, **more)
+    _checks.batch_norm("batch_norm", input, None, None, weight, bias, True, eps)
+    given = Given(input, weight, bias, valid_positions("batch_norm", input, mask, lengths))
+    with profiler.record_function("normkit::batch_norm") if profiled() else nullcontext():
+        moments = channel_steps.batch_moments(given, process_group)
+        return BatchNormed(channel_steps.normalized(given, moments, eps, process_group), moments)
 
 
 def group_norm(
@@ -99,6 +190,9 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Lengths | None = None,
 ) -> Tensor:
     """Normalizes each group of channels of each sample over its channels and space.
 
@@ -110,6 +204,7 @@ def group_norm(
         num_groups: G, which divides C; 1 normalizes each sample as a whole, C each channel of it (`instance_norm`).
         weight, bias: gamma and beta, (C,); None for 1 and 0.
         eps: added to the variance under the root; 1e-5 as in torch.
+        mask, lengths: which positions of each sample are valid, as in `batch_norm`; out and dx are 0 elsewhere.
 
     Returns:
         x's shape, dtype and memory format, new memory.
@@ -130,13 +225,24 @@ def group_norm(
 
     Source: Wu and He, "Group Normalization", 2018, eq. 1 and 7.
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return overridden(group_norm, (input, weight, bias), input, num_groups, weight, bias, eps)
+    if mask is None and lengths is None and not torch.compiler.is_compiling():
+        plain: Tensor | None = backends.sample_norm_now(input, num_groups, weight, bias, eps)
+        if plain is not None:
+            return plain
+    tensors = (input, weight, bias, mask)
+    if has_torch_function_variadic(*tensors):
+        more = {name: value for name, value in (("mask", mask), ("lengths", lengths)) if value is not None}
+        return overridden(group_norm, tensors, input, num_groups, weight, bias, eps, **more)
     _checks.group_norm("group_norm", input, num_groups, weight, bias, eps)
+    given = Given(input, weight, bias, valid_positions("group_norm", input, mask, lengths))
     if profiled():
         with profiler.record_function("normkit::group_norm"):
-            return _sample_norm(input, num_groups, weight, bias, eps)[0]
-    return _sample_norm(input, num_groups, weight, bias, eps)[0]
+            return _group_norm(given, num_groups, eps)
+    return _group_norm(given, num_groups, eps)
+
+
+def _group_norm(given: Given, groups: int, eps: float) -> Tensor:
+    return channel_steps.normalized(given, channel_steps.sample_moments(given, groups), eps)
 
 
 def instance_norm(
@@ -148,6 +254,9 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Lengths | None = None,
 ) -> Tensor:
     """Normalizes each channel of each sample over space, with its own statistics or with stored ones.
 
@@ -164,6 +273,8 @@ def instance_norm(
             too unless they track running statistics).
         momentum: the weight of the *new* batch in the running average, torch's convention.
         eps: added to the variance under the root; positive with use_input_stats.
+        mask, lengths: which positions of each sample are valid, as in `batch_norm`; out and dx are 0 elsewhere. The
+            running averages take the samples with at least two valid positions.
 
     Returns:
         x's shape, dtype and memory format, new memory.
@@ -185,100 +296,36 @@ def instance_norm(
         2016, eq. 3.
     """
     tensors = (input, running_mean, running_var, weight, bias)
-    if has_torch_function_variadic(*tensors):
-        return overridden(instance_norm, tensors, *tensors, use_input_stats, momentum, eps)
+    alone = mask is None and lengths is None and running_mean is None and running_var is None and use_input_stats
+    if alone and type(input) is Tensor and input.dim() > 1 and not torch.compiler.is_compiling():
+        plain: Tensor | None = backends.sample_norm_now(input, input.shape[1], weight, bias, eps)
+        if plain is not None:
+            return plain
+    if has_torch_function_variadic(*tensors, mask):
+        more = {name: value for name, value in (("mask", mask), ("lengths", lengths)) if value is not None}
+        return overridden(instance_norm, (*tensors, mask), *tensors, use_input_stats, momentum, eps, **more)
     _checks.instance_norm("instance_norm", *tensors, use_input_stats, eps)
-    arguments = (*tensors, use_input_stats, momentum, eps)
+    given = Given(input, weight, bias, valid_positions("instance_norm", input, mask, lengths))
+    arguments = (given, running_mean, running_var, use_input_stats, momentum, eps)
     if profiled():
         with profiler.record_function("normkit::instance_norm"):
             return _instance_norm(*arguments)
     return _instance_norm(*arguments)
 
 
-def _channel_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    backend = backends.select(x, running_mean, running_var, weight, bias)
-    recorded = backend is not None and torch.is_grad_enabled() and requires_grad(x, weight, bias)
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        dtype = accumulation_dtype(x.dtype)
-        wide = torch.float64 if backend is backends.CPU else dtype  # as batch_norm_now: the same bits with a record
-        # a copy: the buffers may be updated in place between this forward and its backward
-        mean, rstd = running_mean.detach().to(dtype, copy=True), torch.rsqrt(running_var.detach().to(wide) + eps)
-        return _channel_compute(backend, x, weight, bias, mean, rstd, None, eps, recorded)
-    count, mean, m2, rstd = _statistics(backend, x, None, eps)
-    out = _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded)
-    if running_mean is not None and running_var is not None:
-        statistics.update_running(running_mean, running_var, momentum, count, mean, m2)
-    return out
-
-
-def _channel_compute(
-    backend: backends.Backend | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    count: int | None,
-    eps: float,
-    recorded: bool,
-) -> Tensor:
-    """The affine half; `count` as in ChannelNorm."""
-    primitives = reference if backend is None else backend
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
-        statistics_of_channels = (per_channel(mean, x.shape[1]), per_channel(rstd, x.shape[1]))
-        vectors = channel_vectors(*statistics_of_channels, weight, bias, accumulation_dtype(x.dtype))
-        out = primitives.channels_affine(lines(x), *vectors, None)
-    if recorded:
-        assert backend is not None
-        out = record_channel_norm(backend, x, weight, bias, mean, rstd, count, eps, out)
-    return out.view(x.shape)
-
-
 def _instance_norm(
-    x: Tensor,
+    given: Given,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     use_input_stats: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
     if not use_input_stats:
-        return _channel_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    out, count, mean, m2 = _sample_norm(x, x.shape[1], weight, bias, eps)
-    if running_mean is not None and running_var is not None and x.shape[0] > 0:
-        statistics.update_running(running_mean, running_var, momentum, count, mean.mean(0), m2.mean(0))
+        return _batch_norm(given, running_mean, running_var, False, momentum, eps, None)
+    moments = channel_steps.sample_moments(given, given.x.shape[1])
+    out = channel_steps.normalized(given, moments, eps)
+    if running_mean is not None and running_var is not None:
+        mean, variance, number = statistics.sample_average(moments)
+        statistics.update_running(running_mean, running_var, momentum, mean, variance, number > 0)
     return out
-
-
-def _sample_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, int, Tensor, Tensor]:
-    """out with statistics per sample and group; and their count, mean and m2, (B, G)."""
-    backend = backends.select(x, weight, bias)
-    recorded = backend is not None and torch.is_grad_enabled() and requires_grad(x, weight, bias)
-    count, mean, m2, rstd = _statistics(backend, x, groups, eps)
-    return _channel_compute(backend, x, weight, bias, mean, rstd, count, eps, recorded), count, mean, m2
-
-
-def _statistics(
-    backend: backends.Backend | None, x: Tensor, groups: int | None, eps: float
-) -> tuple[int, Tensor, Tensor, Tensor]:
-    """count, mean, m2 and rstd of x's own, as channel_moments; differentiable where no backend takes the call."""
-    primitives = reference if backend is None else backend
-    with torch.set_grad_enabled(torch.is_grad_enabled() and backend is None):
-        counted, mean, m2 = channel_moments(primitives, lines(x), groups)
-        count = cast(int, counted)  # without a mask; not int(counted), which would fix a symbolic batch size
-        return count, mean, m2, torch.rsqrt(statistics.variance(count, m2) + eps)

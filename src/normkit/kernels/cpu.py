@@ -60,12 +60,15 @@ def _never(*arguments: object) -> None:
 # at once, and recorded where a gradient is wanted; out, or (out, total) with a residual. None where that cannot be: a
 # tracer, transform, mode, profiler or another backend is in force, or an argument is not plain, or wrong. Not to be
 # called while torch.compile traces. norm_backward_now is `rows_backward` in the same way.
-# batch_norm_now(x, running_mean, running_var, weight, bias, training, momentum, eps) and batch_norm_backward_now are
-# the same for BatchNorm: channels that fit a core's cache are read from memory once. No defs: a frame would cost 0.1 us
-# of a call that takes 3.
+# batch_norm_now(x, running_mean, running_var, weight, bias, training, momentum, eps, guarded) and
+# batch_norm_backward_now are the same for BatchNorm: channels that fit a core's cache are read from memory once.
+# Guarded, a batch with NaN or infinity is declined before anything is changed. sample_norm_now(x, groups, weight, bias,
+# eps) is the same for statistics of each sample's groups of channels; backward is shared. No defs: a frame would cost
+# 0.1 us of a call that takes 3.
 norm_now: Callable[..., Any] = _never if _off else _core.norm_now
 norm_backward_now: Callable[..., Any] = _never if _off else _core.norm_backward_now
 batch_norm_now: Callable[..., Any] = _never if _off else _core.batch_norm_now
+sample_norm_now: Callable[..., Any] = _never if _off else _core.sample_norm_now
 batch_norm_backward_now: Callable[..., Any] = _never if _off else _core.batch_norm_backward_now
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -1,29 +1,38 @@
-"""Layers whose statistics run along the channels: BatchNorm1d, BatchNorm2d, BatchNorm3d.
+"""Layers whose statistics run along the channels: BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm.
 
-Here: torch.nn's classes, constructors, buffers and state dicts, with normkit's forward and `decay`.
-May import: torch, functional, _checks.
-Read next: functional/channels.py, where the call is checked and computed.
+Here: torch.nn's classes, constructors, buffers and state dicts, with normkit's forward and policies.
+May import: torch, functional, ranks, _checks.
+Read next: running.py, when running statistics move; functional/channels.py, where the call is checked and computed.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit import _checks, functional
+from normkit import _checks, functional, ranks
+from normkit.functional.calls import apart
+from normkit.functional.channel_steps import at_once, known
+from normkit.functional.masks import Lengths
+from normkit.layers.running import NONFINITE, ONE_VALUE, RunningStatistics, recomputed
+from normkit.ranks import ProcessGroup
 
 # An object of its own, not the literal: identity tells an omitted momentum from a given 0.1.
 _MOMENTUM_DEFAULT = float("0.1")
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """What BatchNorm1d, 2d and 3d share; their docstrings describe it."""
+class _BatchNorm(RunningStatistics):
+    """What BatchNorm1d, 2d, 3d and SyncBatchNorm share; their docstrings describe it."""
 
     stated_as_decay: bool = False
+    one_value: str = "raise"
     dimensions: tuple[int, ...]  # how many x may have, and their names for the error
     dimension_names: str
+    _held: ranks.Held | None = None
+    _agreed: bool = False  # that all ranks have the same layer
 
     def __init__(
         self,
@@ -37,12 +46,26 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         decay: float | None = None,
+        debiased: bool = False,
+        nonfinite: str = "skip",
+        one_value: str = "raise",
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        _checks.momentum_or_decay(type(self).__name__, momentum is not _MOMENTUM_DEFAULT, momentum, decay)
+        name = type(self).__name__
+        _checks.momentum_or_decay(name, momentum is not _MOMENTUM_DEFAULT, momentum, decay)
+        _checks.choice(name, "nonfinite", nonfinite, NONFINITE)
+        _checks.choice(name, "one_value", one_value, ONE_VALUE)
+        if one_value == "running" and not track_running_stats:
+            raise ValueError(
+                f"{name}: one_value='running' needs running statistics, got track_running_stats=False; "
+                f"pass one_value='skip' or track them"
+            )
         if decay is not None:
             momentum = 1.0 - decay
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.stated_as_decay = decay is not None
+        self.debiased, self.nonfinite, self.one_value = debiased, nonfinite, one_value
+        self._held = None if process_group is None else ranks.Held(process_group)
         if affine and not bias:  # torch.nn's own argument only since 2.13
             self.register_parameter("bias", None)
 
@@ -51,35 +74,86 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """The weight of the old average, 1 - momentum; None for the cumulative average."""
         return None if self.momentum is None else 1.0 - self.momentum
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """Whose ranks' batches share the statistics in training; None for this process alone."""
+        return None if self._held is None else self._held.group
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Tensor:
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__}: x must have num_features={self.num_features} channels in dimension 1, "
                 f"got x of shape {_checks.shape_text(input.shape)}; pass num_features={input.shape[1]} or transpose x"
             )
-        tracking = self.training and self.track_running_stats
-        momentum = 0.0
-        if self.momentum is not None:
-            momentum = self.momentum
-        elif tracking and self.num_batches_tracked is not None:
-            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)  # cumulative: every batch weighs the same
-        training = self.training or self.running_mean is None
         # eval of a layer that tracked uses the buffers; training of one that no longer tracks leaves them alone
-        use_buffers = not self.training or self.track_running_stats
-        out = functional.batch_norm(
-            input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-        )
-        if tracking and self.num_batches_tracked is not None:
+        own = (self.training and not self.frozen) or self.running_mean is None
+        tracking = self.training and not self.frozen and self.track_running_stats and not recomputed()
+        group = self.process_group if own and self.training else None
+        if group is not None and ranks.size(group) == 1:
+            group = None
+        if mask is None and lengths is None and group is None and not (tracking and self.deferred):
+            plain = self._at_once(input, own, tracking)
+            if plain is not None:
+                return plain
+        if not own:
+            return self._with_running(input, mask, lengths)
+        if group is None:
+            return self._with_own(input, mask, lengths, None, tracking)
+        arguments = (input, mask, lengths, group, tracking)
+        return apart(self._over_ranks, *arguments) if torch.compiler.is_compiling() else self._over_ranks(*arguments)
+
+    def _at_once(self, x: Tensor, own: bool, tracking: bool) -> Tensor | None:
+        """The plain call in one step, None where that cannot be."""
+        weight = self.weight_of_new() if tracking else 0.0
+        if type(weight) is not float:
+            return None
+        means, variances = (self.running_mean, self.running_var) if tracking or not own else (None, None)
+        out = at_once(x, means, variances, self.weight, self.bias, own, weight, self.eps)
+        if out is not None and tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)  # after the call: a refused batch is not counted
         return out
+
+    def _with_running(self, x: Tensor, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, mask=mask, lengths=lengths
+        )
+
+    def _over_ranks(
+        self, x: Tensor, mask: Tensor | None, lengths: Lengths | None, group: ProcessGroup, tracking: bool
+    ) -> Tensor:
+        if not self._agreed:
+            self._agree(x, group)
+        return self._with_own(x, mask, lengths, group, tracking)
+
+    def _with_own(
+        self, x: Tensor, mask: Tensor | None, lengths: Lengths | None, group: ProcessGroup | None, tracking: bool
+    ) -> Tensor:
+        if mask is None and lengths is None and group is None and x.shape[0] * x.shape[2:].numel() == 1:
+            if self.one_value == "running":
+                return self._with_running(x, mask, lengths)
+            if self.one_value == "raise":
+                _checks.two_values("batch_norm", x, 1)
+        out, moments = functional.batch_norm_with_moments(
+            x, self.weight, self.bias, self.eps, mask=mask, lengths=lengths, process_group=group
+        )
+        if known(moments.count) == 1:
+            if self.one_value == "running":
+                return self._with_running(x, mask, lengths)
+            if self.one_value == "raise":
+                _checks.two_values("batch_norm", x, 1)
+        if tracking:
+            self.take_statistics(moments)
+        return out
+
+    def _agree(self, x: Tensor, group: ProcessGroup) -> None:
+        """Ranks that built different layers get an error at the first use, before any sum of theirs is mixed."""
+        name = type(self).__name__
+        ranks.agree(name, "num_features", self.num_features, group, x.device)
+        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        code = dtypes.index(x.dtype) if x.dtype in dtypes else len(dtypes)
+        ranks.agree(name, "the dtype of x", code, group, x.device, (*dtypes, "another dtype"))
+        self._agreed = True
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self.dimensions:
@@ -93,7 +167,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         printed: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's words in every version
         if self.stated_as_decay and self.decay is not None:
             printed = printed.replace(f"momentum={self.momentum}", f"decay={self.decay:.12g}")
-        return printed
+        said = [f"{name}=True" for name in ("debiased", "frozen", "deferred") if getattr(self, name)]
+        said += [f"nonfinite={self.nonfinite}"] if self.nonfinite != "skip" else []
+        said += [f"one_value={self.one_value}"] if self.one_value != "raise" else []
+        return ", ".join([printed, *said])
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -114,8 +191,22 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         bias: whether beta is learned; default True.
         decay: the weight of the *old* average, the textbook's and Keras's convention (0.9, 0.99, 0.999), instead
             of momentum.
+        debiased: whether the averages forget their start values 0 and 1 at once: update t weighs its batch by
+            momentum / (1 - decay^t), so the first replaces them (Adam's bias correction). Default False, as torch.
+        nonfinite: what a training batch with NaN or infinity does to the running statistics: "skip" (default) leaves
+            them, counts it in `nonfinite_batches` and warns once; "raise" refuses it (on CUDA it waits for the
+            device in every step); "allow" is torch's, which averages it in.
+        one_value: what a single value per channel does in training: "raise" (default, torch's), "running" normalizes
+            with the running statistics, "skip" gives bias, the formula at variance 0; neither moves the averages.
+        process_group: whose ranks' batches share the statistics in training, see `SyncBatchNorm`; default None, this
+            process alone.
 
-    Shape: the input's shape, dtype and memory format are kept.
+    Shape: `forward(input, mask=None, lengths=None)`; the input's shape, dtype and memory format are kept. `mask` (B, L)
+        bool or `lengths` (B,) say which positions are valid, as in `normkit.functional.batch_norm`.
+
+    A forward inside a backward pass is activation checkpointing's second computation of the same batch, and moves
+    nothing. `freeze()` and `unfreeze()` hold the running statistics through `.train()`;
+    `normkit.accumulate_statistics` moves them once per optimizer step.
 
     Raises:
         ValueError: momentum and decay are both given, or lie outside [0, 1]; x has another number of dimensions or
@@ -167,3 +258,80 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     dimensions = (5,)
     dimension_names = "(B, C, D, H, W)"
+
+
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm whose training statistics are those of all ranks' batches together, on any backend, CPU included.
+
+        count, mean, m2 of all ranks' values, merged by Chan's formula
+        out = (x - mean) / sqrt(m2 / count + eps) * weight + bias
+
+    Uneven, masked and empty batches count by their valid values. Backward adds two sums per channel over the ranks; the
+    gradients of weight and bias are this rank's part, as DDP expects.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, decay, debiased, nonfinite,
+            one_value: as in `BatchNorm1d`.
+        process_group: the ranks; None, the default, means all of them. Without an initialized torch.distributed, or
+            with one rank, it is a plain BatchNorm.
+
+    Shape: x (B, C, ...) of any number of dimensions from 2; `forward(input, mask=None, lengths=None)`. Every rank must
+        make each forward and backward.
+
+    Raises:
+        ValueError: as `BatchNorm1d`; at first use on every rank, when num_features or dtypes differ between ranks. A
+            rank that does not come ends the others' wait with torch.distributed's error after the group's timeout.
+
+    Numerics: every rank gets the same bits of mean and variance, so that running statistics stay equal everywhere.
+        Differs from torch.nn.SyncBatchNorm, which takes CUDA tensors only. It is no subclass of that class, since DDP
+        refuses those on CPU.
+
+    Example:
+        >>> import torch, normkit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> type(normkit.SyncBatchNorm.convert_sync_batchnorm(model)[1]).__name__
+        'SyncBatchNorm'
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+
+    dimension_names = "(B, C, ...)"
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that share the statistics; None where torch.distributed is not in use."""
+        return ranks.world() if self._held is None else self._held.group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(
+                f"SyncBatchNorm: x must have at least 2 dimensions (B, C, ...), got x of shape "
+                f"{_checks.shape_text(input.shape)}; add a batch dimension with x.unsqueeze(0)"
+            )
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: ProcessGroup | None = None
+    ) -> torch.nn.Module:
+        """`module` with every BatchNorm in it, torch's or normkit's, as a SyncBatchNorm of the same numbers.
+
+        Parameters and buffers are the very same tensors, modes and policies are kept; InstanceNorm is left alone. As
+        torch's method of this name, it changes `module` in place unless it is itself a BatchNorm: use what it returns.
+        """
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            return cls._of(module, process_group)
+        for name, child in module.named_children():
+            module.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return module
+
+    @classmethod
+    def _of(cls, norm: torch.nn.modules.batchnorm._BatchNorm, process_group: ProcessGroup | None) -> SyncBatchNorm:
+        made = cls(norm.num_features, device="meta")
+        kept = {name: copy(value) if isinstance(value, dict) else value for name, value in norm.__dict__.items()}
+        made.__dict__.update(kept)  # numbers, modes, hooks and, of normkit's own, policies
+        made._held = None if process_group is None else ranks.Held(process_group)
+        made._agreed = False
+        if "nonfinite_batches" not in made._buffers:
+            counter = made.num_batches_tracked
+            made.register_buffer("nonfinite_batches", None if counter is None else torch.zeros_like(counter), False)
+        return made

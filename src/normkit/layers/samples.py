@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from normkit import _checks, functional
+from normkit.functional.masks import Lengths
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -28,7 +29,8 @@ class GroupNorm(torch.nn.GroupNorm):
             True.
         device, dtype: of the parameters.
 
-    Shape: x (B, C, ...) -> the same shape, dtype and memory format.
+    Shape: `forward(input, mask=None, lengths=None)`; x (B, C, ...) -> the same shape, dtype and memory format. `mask`
+        (B, *space) bool or, for (B, C, L), `lengths` (B,) say which positions are valid.
 
     Raises:
         ValueError, TypeError: as `normkit.functional.group_norm`; x has another number of channels.
@@ -44,13 +46,15 @@ class GroupNorm(torch.nn.GroupNorm):
     Source: Wu and He, "Group Normalization", 2018, eq. 1 and 7.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Tensor:
         if not self.affine and input.dim() > 1 and input.shape[1] != self.num_channels:
             raise ValueError(  # with weight and bias, functional.group_norm says so
                 f"GroupNorm: x must have num_channels={self.num_channels} channels in dimension 1, got x of shape "
                 f"{_checks.shape_text(input.shape)}; pass num_channels={input.shape[1]} or transpose x"
             )
-        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return functional.group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, mask=mask, lengths=lengths
+        )
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
@@ -59,7 +63,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     dimension: int  # of a batch; one less is a single sample
     dimension_names: str
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Tensor:
         if input.dim() not in (self.dimension - 1, self.dimension):
             raise ValueError(
                 f"{type(self).__name__}: x must have {self.dimension - 1} or {self.dimension} dimensions "
@@ -85,6 +89,8 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
             self.eps,
+            mask=mask.unsqueeze(0) if alone and mask is not None else mask,
+            lengths=lengths,
         )
         return out.squeeze(0) if alone else out
 
@@ -104,7 +110,8 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
         track_running_stats: whether running averages are kept, and used in eval; default False, as in torch.
         device, dtype: of parameters and buffers.
 
-    Shape: the input's shape, dtype and memory format are kept.
+    Shape: `forward(input, mask=None, lengths=None)`; the input's shape, dtype and memory format are kept. `mask` (B, L)
+        bool or `lengths` (B,) say which positions are valid.
 
     Raises:
         ValueError: x has another number of dimensions or channels, or one value per channel in training. Running

@@ -1,0 +1,144 @@
+"""When a layer's running statistics move: freezing, guards, one update for several forwards, the weight of a batch.
+
+Here: RunningStatistics, the half of BatchNorm that is not its output.
+May import: torch, functional, statistics.
+Read next: channels.py, whose layers use it; control.py, the same for all layers of a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from normkit import statistics
+from normkit.functional.channel_steps import known
+from normkit.statistics import Moments
+
+NONFINITE = ("skip", "raise", "allow")
+ONE_VALUE = ("raise", "running", "skip")
+
+
+def recomputed() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing computes it for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
+    """Keeps running_mean and running_var; see `normkit.BatchNorm1d` for what its arguments mean."""
+
+    frozen: bool = False
+    deferred: bool = False  # updates wait in `pending` for `commit_statistics`
+    pending: Moments | None = None
+    debiased: bool = False
+    nonfinite: str = "skip"
+    nonfinite_batches: Tensor | None  # training batches kept out for NaN or infinity; a buffer outside the state dict
+
+    def freeze(self) -> None:
+        """Normalize with the running statistics and leave them alone, in training too, until `unfreeze()`.
+
+        Survives `.train()`. gamma and beta still learn: set their `requires_grad` for that. Raises ValueError without
+        running statistics.
+        """
+        if self.running_mean is None:
+            raise ValueError(
+                f"{type(self).__name__}: freeze needs running statistics, got track_running_stats=False; "
+                f"build the layer with track_running_stats=True"
+            )
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Back to the batch's statistics in training."""
+        self.frozen = False
+
+    def reset_running_stats(self) -> None:
+        """Start values 0 and 1, nothing counted, nothing pending."""
+        super().reset_running_stats()
+        self.pending = None
+        counter = self.num_batches_tracked
+        self.register_buffer("nonfinite_batches", None if counter is None else torch.zeros_like(counter), False)
+
+    def weight_of_new(self) -> float | Tensor:
+        """The weight of the next batch in the running averages: momentum, or what makes early averages unbiased."""
+        momentum = self.momentum
+        if momentum is not None and (not self.debiased or momentum == 0.0):
+            return momentum
+        tracked = self.num_batches_tracked
+        if tracked is None:
+            return 0.0 if momentum is None else momentum
+        number: float | Tensor
+        if tracked.device.type == "cpu" and not torch.compiler.is_compiling():
+            number = float(tracked) + 1.0
+        else:
+            number = tracked.double() + 1.0  # nobody waits for the device
+        if momentum is None:
+            return 1.0 / number  # cumulative: every batch weighs the same
+        return momentum / (1.0 - (1.0 - momentum) ** number)
+
+    def take_statistics(self, moments: Moments) -> None:
+        """Move the running statistics by one training batch, as the policies say; an empty batch changes nothing."""
+        keep: bool | Tensor = moments.count > 1
+        if self.nonfinite != "allow":
+            keep = self._guarded(keep, statistics.finite(moments))
+        if self.deferred:
+            self._defer(moments, keep)
+        else:
+            self._commit(moments, keep)
+
+    def _guarded(self, keep: bool | Tensor, finite: Tensor) -> bool | Tensor:
+        """`keep` where the batch is finite; a batch that is not is counted, and told once."""
+        number = known(finite.to(torch.int64))
+        if number is None and self.nonfinite == "raise":
+            number = int(finite)  # waits for the device: the price of raising
+        counter = self._buffers.get("nonfinite_batches")  # a layer pickled by an earlier version has none
+        if number is None:
+            if counter is not None:
+                counter.add_(~finite)
+            return keep & finite
+        if number == 1:
+            return keep
+        where = "got NaN or infinity in a training batch"
+        if self.nonfinite == "raise":
+            raise ValueError(
+                f"{type(self).__name__}: running statistics need finite values, {where}; look for where they come "
+                f"from, or pass nonfinite='skip' to leave such batches out"
+            )
+        if counter is None or int(counter) == 0:
+            warnings.warn(
+                f"{type(self).__name__}: {where}; running statistics leave such batches out "
+                f"(counted in nonfinite_batches, told once; nonfinite='raise' or 'allow' change that)",
+                stacklevel=4,
+            )
+        if counter is not None:
+            counter.add_(1)
+        return False
+
+    def _defer(self, moments: Moments, keep: bool | Tensor) -> None:
+        if keep is False:
+            return
+        count = moments.count
+        if isinstance(keep, Tensor):
+            count = torch.where(keep, torch.as_tensor(count, device=keep.device), 0)
+        new = Moments(count, moments.mean.detach(), moments.m2.detach())
+        self.pending = new if self.pending is None else statistics.merged(self.pending, new)
+
+    def commit_statistics(self) -> bool:
+        """Move the running statistics by what was pending, as one batch; whether anything was."""
+        if self.pending is None:
+            return False
+        pending, self.pending = self.pending, None
+        self._commit(pending, pending.count > 1)
+        return True
+
+    def _commit(self, moments: Moments, keep: bool | Tensor) -> None:
+        number = known(keep.to(torch.int64)) if isinstance(keep, Tensor) else int(keep)
+        if number is not None:
+            keep = bool(number)
+        if self.running_mean is None or self.running_var is None or keep is False:
+            return
+        variance = statistics.unbiased_variance(moments.count, moments.m2)
+        weight = self.weight_of_new()
+        statistics.update_running(self.running_mean, self.running_var, weight, moments.mean, variance, keep)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1 if keep is True else keep.to(self.num_batches_tracked.dtype))

@@ -246,12 +246,83 @@ def test_layers_share_statistics_over_their_group_only() -> None:
             torch.testing.assert_close(torch.from_numpy(ours), expected, rtol=1e-12, atol=1e-12)
 
 
+def converted_groups(rank: int) -> dict[str, Any]:
+    """Groups that converting keeps, layers that stay shared, a group of others."""
+    mine, other = dist.new_group([rank]), None
+    for member in range(2):
+        group = dist.new_group([member])
+        other = other if member == rank else group
+        mine = group if member == rank else mine
+    found: dict[str, Any] = {}
+    layers = (
+        nn.SyncBatchNorm(C, process_group=mine),
+        normkit.BatchNorm1d(C, process_group=mine),
+        normkit.SyncBatchNorm(C, process_group=mine),
+    )
+    convert = normkit.SyncBatchNorm.convert_sync_batchnorm
+    found["kept"] = [convert(layer).process_group is mine for layer in layers]
+    found["named"] = [convert(layer, dist.group.WORLD).process_group is dist.group.WORLD for layer in layers]
+    found["copied"] = [copy.deepcopy(convert(layer)).process_group is mine for layer in layers]
+    shared = nn.BatchNorm1d(C)
+    model = convert(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)))
+    found["shared"] = model[0] is model[2][0] and type(model[0]) is normkit.SyncBatchNorm
+    for name, call in (
+        ("lazy", lambda: convert(nn.LazyBatchNorm1d())),
+        ("others", lambda: normkit.BatchNorm1d(C, process_group=other)),
+        ("functional", lambda: NF.batch_norm(torch.ones(2, C), None, None, training=True, process_group=other)),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def test_converting_keeps_groups_and_what_is_shared() -> None:
+    for found in on_ranks(converted_groups, 2):
+        assert found["kept"] == found["named"] == found["copied"] == [True] * 3
+        assert found["shared"]
+        assert found["lazy"].startswith(
+            "ValueError: SyncBatchNorm: convert_sync_batchnorm needs a BatchNorm that knows"
+        )
+        for name, op in (("others", "BatchNorm1d"), ("functional", "batch_norm")):
+            assert found[name].startswith(f"TypeError: {op}: process_group must be a process group"), found[name]
+
+
+def empty_lengths(rank: int) -> list[Any]:
+    x = normal((3, C, L), 1)[: 3 * (1 - rank)]
+    lengths = [7, 2, 4][: 3 * (1 - rank)]
+    return arrays([NF.batch_norm(x, None, None, training=True, lengths=lengths, process_group=dist.group.WORLD)])
+
+
+def test_an_empty_rank_may_have_an_empty_list_of_lengths() -> None:
+    first, second = on_ranks(empty_lengths, 2)
+    right = NF.batch_norm(normal((3, C, L), 1), None, None, training=True, lengths=[7, 2, 4])
+    torch.testing.assert_close(torch.from_numpy(first[0]), right, rtol=1e-12, atol=1e-12)
+    assert second[0].shape == (0, C, L)
+
+
+def unlike_gradients(rank: int, backend: str) -> list[Any]:
+    """Whether x takes a gradient differs between ranks: forward must not depend on it."""
+    x = normal((3, C, L), rank).requires_grad_(rank == 0)
+    with normkit.use_backend(backend), torch.set_grad_enabled(rank == 0):
+        return arrays([NF.batch_norm(x, None, None, training=True, process_group=dist.group.WORLD)])
+
+
+def test_ranks_send_the_same_messages_whether_or_not_they_record() -> None:
+    right = NF.batch_norm(torch.cat([normal((3, C, L), rank) for rank in range(2)]), None, None, training=True)
+    for backend in ("cpu", "reference"):
+        found = np.concatenate([outs[0] for outs in on_ranks(unlike_gradients, 2, backend)])
+        torch.testing.assert_close(torch.from_numpy(found), right, rtol=1e-12, atol=1e-12)
+
+
 def test_without_ranks_it_is_a_plain_batch_norm() -> None:
     x = normal((4, C, L), 1)
     ours, plain = normkit.SyncBatchNorm(C).double(), normkit.BatchNorm1d(C).double()
     assert torch.equal(ours(x), plain(x))
     assert torch.equal(ours.running_var, plain.running_var)
     assert ours(normal((4, C), 1)).shape == (4, C)
+    assert normkit.SyncBatchNorm(3, 1e-5, 0.1, True, True, None, "cpu", torch.float64).weight.dtype == torch.float64
     with pytest.raises(
         ValueError, match=re.escape("SyncBatchNorm: x must have at least 2 dimensions (B, C, ...), got x of shape (5,)")
     ):
@@ -269,7 +340,7 @@ def policies(rank: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         guarded(dirty)
-    found: dict[str, Any] = {"skipped": (int(guarded.nonfinite_batches), int(guarded.num_batches_tracked))}
+    found: dict[str, Any] = {"skipped": (guarded.nonfinite_batches, int(guarded.num_batches_tracked))}
     accumulated = normkit.SyncBatchNorm(C, momentum=1.0).double()
     with normkit.accumulate_statistics(accumulated):
         accumulated(x)

@@ -339,7 +339,6 @@ def test_an_ensemble_trains_its_running_statistics_under_vmap(training: bool) ->
         return torch.func.vmap(one)(parameters, buffers, x), buffers
 
     found, found_state = run(normkit.BatchNorm1d)
-    assert not found_state.pop("nonfinite_batches").any()  # normkit's own
     expected, expected_state = run(torch.nn.BatchNorm1d)
     close([found, *found_state.values()], [expected, *expected_state.values()])
 

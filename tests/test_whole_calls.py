@@ -116,11 +116,18 @@ def test_group_norm_in_one_call_is_the_general_way_to_rounding(
     assert taken.count(True) >= 20
 
 
-def test_one_large_sample_is_left_to_the_general_way_which_shares_its_channels() -> None:
-    x = torch.randn(1, 8, 256, 64)
-    with threads(2):
-        assert cpu.sample_norm_now(x, 2, None, None, 1e-5) is None
-    torch.testing.assert_close(NF.group_norm(x, 2), torch.nn.functional.group_norm(x, 2), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_group_norm_has_the_same_bits_for_any_threads_and_any_batch(dtype: torch.dtype, last: bool) -> None:
+    for shape, groups in (((1, 32, 64, 64), 4), ((3, 8, 5, 7), 8), ((2, 6, 9000), 2)):
+        x = torch.randn(shape, dtype=torch.float64) * 3 + 7
+        x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).to(dtype)
+        tensors = [x, torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)]
+        with threads(1):
+            alone = steps(lambda x, w, b: NF.group_norm(x, groups, w, b), tensors)  # noqa: B023
+        with threads(2):
+            same(steps(lambda x, w, b: NF.group_norm(x, groups, w, b), tensors), alone, f"{shape}: 2 threads")  # noqa: B023
+        same([NF.group_norm(x[:1], groups)], [NF.group_norm(x, groups)[:1]], f"{shape}: one sample")
 
 
 # ------------------------------------------------------------------------------------------------- the same bits

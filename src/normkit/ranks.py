@@ -1,7 +1,7 @@
 """Collectives on small vectors: what norms send between the ranks of a process group.
 
-Here: the sum over ranks (differentiable), one vector of each rank, and the agreement on what must be equal everywhere.
-Works on every backend that torch.distributed has. May import: torch.
+Here: the sum over ranks and one vector of each rank, both differentiable, and the agreement on what must be equal
+everywhere. Works on every backend that torch.distributed has. May import: torch.
 Read next: statistics.py, which merges what ranks counted.
 """
 
@@ -64,12 +64,26 @@ def summed(values: Tensor, group: ProcessGroup) -> Tensor:
     return result
 
 
+class _Gather(torch.autograd.Function):
+    """Every rank's row. A rank's row gets the sum of what all ranks make of it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        values = values.contiguous()
+        found = [torch.empty_like(values) for _ in range(size(group))]
+        dist.all_gather(found, values, group=group)
+        return torch.stack(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return summed(gradient, ctx.group)[dist.get_rank(ctx.group)], None
+
+
 def gathered(values: Tensor, group: ProcessGroup) -> Tensor:
-    """`values` (n,) of every rank as (ranks, n), in the order of ranks: one all-gather, not differentiable."""
-    values = values.detach().contiguous()
-    found = [torch.empty_like(values) for _ in range(size(group))]
-    dist.all_gather(found, values, group=group)
-    return torch.stack(found)
+    """`values` (n,) of every rank as (ranks, n), in the order of ranks: one all-gather, differentiable."""
+    result: Tensor = _Gather.apply(values, group)  # type: ignore[no-untyped-call]
+    return result
 
 
 def agree(

@@ -60,38 +60,51 @@ def pooled(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
     return Moments(count.squeeze(-1), mean, m2s.sum(0) + (counts * (means - mean) ** 2).sum(0))
 
 
+def on_device(value: Count, device: torch.device) -> Tensor:
+    """A count or vector in float64 there; a number is filled in, since copying it would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
 def merged(first: Moments, second: Moments) -> Moments:
     """Two parts as one; counts become a float64 tensor, exact up to 2^53."""
 
     def both(values: Sequence[Count]) -> Tensor:
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=second.mean.device) for value in values])
+        return torch.stack([on_device(value, second.mean.device) for value in values])
 
     counts = both([first.count, second.count]).reshape(2, 1)
     return pooled(counts, both([first.mean, second.mean]), both([first.m2, second.m2]))
 
 
+def moved(moments: Moments, device: torch.device) -> Moments:
+    """The same on another device; a layer may have moved since."""
+    count = moments.count.to(device) if isinstance(moments.count, Tensor) else moments.count
+    return Moments(count, moments.mean.to(device), moments.m2.to(device))
+
+
 def over_ranks(moments: Moments, group: ranks.ProcessGroup) -> Moments:
     """The moments of all ranks' values: the same bits on every rank; to be called by all of them.
 
-    One all-gather of (count, mean, m2) in float64 or, where that would be large or a derivative is wanted, two
-    all-reduces: of count and sum, then of the squared deviations from the common mean. Never E[x^2] - E[x]^2.
+    One all-gather of (count, mean, m2) in float64 or, where that would be large, two all-reduces: of count and sum,
+    then of the squared deviations from the common mean. Never E[x^2] - E[x]^2. Both are differentiable.
     """
     mean, m2 = moments.mean.double(), moments.m2.double()
-    own = torch.as_tensor(moments.count, dtype=torch.float64, device=mean.device).reshape(1)
+    own = on_device(moments.count, mean.device).reshape(1)
     channels = mean.numel()
-    differentiated = torch.is_grad_enabled() and (mean.requires_grad or m2.requires_grad)
-    if not differentiated and ranks.size(group) * (2 * channels + 1) * own.itemsize <= GATHER_BYTES:
+    if ranks.size(group) * (2 * channels + 1) * own.itemsize <= GATHER_BYTES:  # the same choice on every rank
         parts = ranks.gathered(torch.cat([own, mean, m2]), group)
-        return pooled(parts[:, :1], parts[:, 1 : channels + 1], parts[:, channels + 1 :])
+        return pooled(parts[:, :1].detach(), parts[:, 1 : channels + 1], parts[:, channels + 1 :])
     sums = ranks.summed(torch.cat([own, own * mean]), group)
     count = sums[0].detach()
     common = sums[1:] / count.clamp(min=1)
     return Moments(count, common, ranks.summed(m2 + own * (mean - common) ** 2, group))
 
 
-def finite(moments: Moments) -> Tensor:
-    """Whether no channel saw NaN or inf: a boolean on the moments' device."""
-    return torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()
+def finite(mean: Tensor, variance: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
+    """Whether both are finite numbers of the running averages' dtypes: a boolean on their device."""
+    stored = (values.detach().to(dtype).double().sum() for values, dtype in zip((mean, variance), dtypes, strict=True))
+    return torch.isfinite(sum(stored, torch.zeros((), dtype=torch.float64, device=mean.device)))
 
 
 def sample_average(moments: Moments) -> tuple[Tensor, Tensor, Count]:

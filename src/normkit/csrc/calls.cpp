@@ -3,6 +3,7 @@
 #include "calls.h"
 
 #include <float.h>
+#include <math.h>
 
 #include <vector>
 
@@ -253,14 +254,17 @@ bool view_running(nb::handle tensor, int64_t channels, TensorView* view) {
     return view_per_channel(tensor, channels, view) && !refuses_update(tensor);
 }
 
-// Whether samples are what threads may share; 32768 elements are where a second thread began to pay (rows.cpp).
-bool shared_by_samples(const ChannelsShape& shape, int threads) {
-    return shape.batch >= threads || shape.batch * shape.channels * shape.space < 32768;
+// The magnitude from which on a number becomes infinite in a dtype.
+double first_infinite(int dtype) {
+    constexpr double kSingle = 0x1.ffffffp127, kBrain = 0x1.ffp127;  // half a unit above the largest number
+    return dtype == kFloat16 ? 65520.0 : dtype == kBFloat16 ? kBrain : dtype == kFloat32 ? kSingle : HUGE_VAL;
 }
 
-bool all_finite(const ChannelsNorm& args, int64_t channels) {
+// Whether the batch's mean and unbiased variance are finite numbers of the running averages' dtypes.
+bool all_finite(const ChannelsNorm& args, int64_t channels, double count, int mean_dtype, int var_dtype) {
+    const double mean_end = first_infinite(mean_dtype), var_end = first_infinite(var_dtype);
     for (int64_t c = 0; c < channels; ++c)
-        if (args.mean[c] - args.mean[c] != 0 || args.m2[c] - args.m2[c] != 0) return false;
+        if (!(__builtin_fabs(args.mean[c]) < mean_end && args.m2[c] / (count - 1) < var_end)) return false;
     return true;
 }
 
@@ -317,7 +321,8 @@ nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle runn
         nb::gil_scoped_release release;
         channels_normalize(args, view.dtype, threads);
     }
-    if (guarded && training && tracked && !all_finite(args, channels)) return nb::none();
+    if (guarded && training && tracked && !all_finite(args, channels, double(count), mean_view.dtype, var_view.dtype))
+        return nb::none();
     // Recording may refuse (an inference tensor, a hook on saved tensors): before the running averages have moved.
     const nb::object result =
         gradient ? record_batch_norm(x, weight, bias, mean, rstd, count, args.eps, out) : nb::object(out);
@@ -330,8 +335,7 @@ nb::object batch_norm_now(nb::handle x, nb::handle running_mean, nb::handle runn
     return result;
 }
 
-// GroupNorm's out, InstanceNorm's with a group per channel; None as above, and where there are fewer samples than
-// threads and much to do: samples are what is shared.
+// GroupNorm's out, InstanceNorm's with a group per channel; None as above.
 nb::object sample_norm_now(nb::handle x, nb::handle groups, nb::handle weight, nb::handle bias, nb::handle eps) {
     TensorView view, vector;
     ChannelsNorm args{};
@@ -343,7 +347,7 @@ nb::object sample_norm_now(nb::handle x, nb::handle groups, nb::handle weight, n
     if (overflow != 0 || wanted < 1 || channels % wanted != 0 || !(args.eps > 0)) return nb::none();
     const int64_t count = channels / wanted * args.shape.space;
     const int threads = num_threads();
-    if (count < 2 || !shared_by_samples(args.shape, threads)) return nb::none();
+    if (count < 2) return nb::none();
     if (!view_affine(weight, bias, channels, view.dtype, &args)) return nb::none();
     const nb::object out = empty_like(x, view, &args.out);
     const int64_t sizes[2] = {args.shape.batch, wanted};
@@ -381,7 +385,6 @@ nb::object batch_norm_backward_now(nb::handle dout, nb::handle x, nb::handle mea
     if (rstd_view.numel() != mean_view.numel() || channels % statistics != 0) return nb::none();
     if (mean_view.numel() != (of_samples ? args.shape.batch * statistics : channels)) return nb::none();
     const int threads = num_threads();
-    if (of_samples && !shared_by_samples(args.shape, threads)) return nb::none();
     args.count = args.shape.batch * args.shape.space;
     args.mean = static_cast<double*>(mean_view.data());
     args.rstd = static_cast<double*>(rstd_view.data());

@@ -1,29 +1,29 @@
 // Norms with statistics of each sample's groups of channels, in one call: GroupNorm, and InstanceNorm as groups of one.
-// A sample is reduced and written before the next, so that memory is read once where its data fits a core's cache.
-// Read next: channels.h, affine.h, the arithmetic.
+// A part is reduced and written before the next, so that memory is read once where its data fits a core's cache: a
+// group of a sample or, channels-last, where a group's data lie apart, all groups of a sample. Read next: channels.h,
+// affine.h, the arithmetic.
 #include "cuts.h"
 
 namespace normkit {
 namespace {
 
-// One sample of a ChannelsNorm as a batch of its own.
+// One sample of a ChannelsNorm as a batch of its own, taken part by part.
 struct Sample {
     ChannelsReduction reduction{};
     ChannelsAffine apply{};
     Scratch<double> counts, first, second;
-    int64_t bytes, units, pieces;
+    int64_t bytes, line_pieces;
     const char *x, *dout;
     char* out;
 
-    Sample(const ChannelsNorm& args, int dtype)
+    Sample(const ChannelsNorm& args, int dtype, bool stream)
         : bytes(args.x.batch_stride * storage_bytes(dtype)),
           x(static_cast<const char*>(args.x.data)),
           dout(static_cast<const char*>(args.dout.data)),
           out(static_cast<char*>(args.out)) {
         set_layout(args, &apply);
         apply.shape.batch = 1;
-        apply.first_channel = 0;
-        apply.last_channel = args.shape.channels;
+        apply.stream = stream;
         reduction.shape = apply.shape;
         reduction.cut = cut(reduction.shape, false);
         counts = block_counts(reduction.shape, reduction.cut);
@@ -33,32 +33,67 @@ struct Sample {
         second = scratch<double>(partials);
         reduction.first = first.get();
         reduction.second = second.get();
-        units = reduction.cut.blocks * reduction.cut.tiles;
-        const ChannelsShape& shape = reduction.shape;
-        pieces = (shape.channels_last ? shape.space : shape.channels) * pieces_per_line(shape);
+        line_pieces = pieces_per_line(reduction.shape);
     }
 
-    void at(int64_t b) {
+    void at(int64_t b, int64_t first_channel, int64_t last_channel) {
         reduction.x = apply.x = {x + b * bytes, 0, apply.x.line_stride};
         if (dout != nullptr) reduction.dout = apply.dout = {dout + b * bytes, 0, apply.dout.line_stride};
         if (out != nullptr) apply.out = out + b * bytes;
+        apply.first_channel = first_channel;
+        apply.last_channel = last_channel;
     }
 
     void reduce(UnitKernel unit, MergeKernel merge) {
-        unit(reduction, 0, units);
-        merge(reduction, 0, 0, reduction.shape.channels);
+        const ChannelsShape& shape = reduction.shape;
+        const int64_t from = apply.first_channel, to = apply.last_channel, blocks = reduction.cut.blocks;
+        if (shape.channels_last) {
+            unit(reduction, 0, blocks * reduction.cut.tiles);
+        } else {
+            for (int64_t k = 0; k < blocks; ++k) unit(reduction, k * shape.channels + from, k * shape.channels + to);
+        }
+        merge(reduction, 0, from, to);
+    }
+
+    int64_t pieces() const {
+        const ChannelsShape& shape = reduction.shape;
+        return (shape.channels_last ? shape.space : apply.last_channel - apply.first_channel) * line_pieces;
     }
 };
 
-// work(first, last) over the samples.
+// work(stream)(b, first group, last group) over all parts; threads share them.
 template <class Work>
-void each_sample(const ChannelsNorm& args, int dtype, int threads, int tensors, bool* stream, const Work& work) {
+void each_part(const ChannelsNorm& args, int64_t groups, int dtype, int threads, int tensors, const Work& work) {
     const ChannelsShape& shape = args.shape;
     const int64_t elements = shape.batch * shape.channels * shape.space, bytes = elements * storage_bytes(dtype);
-    *stream = beyond_cache(tensors * bytes);
+    const bool stream = beyond_cache(tensors * bytes);
     prefer_huge_pages(args.out, bytes);
-    share(shape.batch, useful_threads(threads, elements), work);
+    const int64_t parts = shape.channels_last ? 1 : groups, step = groups / parts;
+    share(shape.batch * parts, useful_threads(threads, elements), [&](int64_t from, int64_t to) {
+        auto one = work(stream);
+        for (int64_t i = from; i < to; ++i) one(i / parts, i % parts * step, (i % parts + 1) * step);
+    });
 }
+
+// What a thread works with: a sample, its vectors of C numbers, and the results of a reduction.
+struct Workspace {
+    Sample sample;
+    Vector center, one, two, three;
+    Scratch<double> first, second;
+
+    Workspace(const ChannelsNorm& args, int dtype, bool stream)
+        : sample(args, dtype, stream),
+          center(args.shape.channels, dtype),
+          one(args.shape.channels, dtype),
+          two(args.shape.channels, dtype),
+          three(args.shape.channels, dtype),
+          first(scratch<double>(args.shape.channels)),
+          second(scratch<double>(args.shape.channels)) {
+        sample.reduction.result_first = first.get();
+        sample.reduction.result_second = second.get();
+        sample.apply.center.data = center.data;
+    }
+};
 
 }  // namespace
 
@@ -66,22 +101,16 @@ void samples_normalize(const ChannelsNorm& args, int64_t groups, int dtype, int 
     const int64_t channels = args.shape.channels, size = channels / groups;
     const double space = double(args.shape.space);
     const Vector weight = widened(args.weight, channels, dtype), bias = widened(args.bias, channels, dtype);
-    bool stream = false;
-    each_sample(args, dtype, threads, 2, &stream, [&](int64_t from, int64_t to) {
-        Sample sample(args, dtype);
-        Vector center(channels, dtype), scale(channels, dtype), shift(channels, dtype);
-        const Scratch<double> means = scratch<double>(channels), m2s = scratch<double>(channels);
-        sample.reduction.result_first = means.get();
-        sample.reduction.result_second = m2s.get();
-        sample.apply.center.data = center.data;
-        sample.apply.scale.data = scale.data;
-        sample.apply.shift.data = shift.data;
-        sample.apply.stream = stream;
-        for (int64_t b = from; b < to; ++b) {
-            sample.at(b);
+    each_part(args, groups, dtype, threads, 2, [&](bool stream) {
+        auto with = std::make_shared<Workspace>(args, dtype, stream);
+        with->sample.apply.scale.data = with->one.data;
+        with->sample.apply.shift.data = with->two.data;
+        return [&, with](int64_t b, int64_t first_group, int64_t last_group) {
+            Sample& sample = with->sample;
+            sample.at(b, first_group * size, last_group * size);
             sample.reduce(kernels().channels_moments[dtype], kernels().merge_moments);
-            for (int64_t g = 0; g < groups; ++g) {
-                const double *mean_of = means.get() + g * size, *m2_of = m2s.get() + g * size;
+            for (int64_t g = first_group; g < last_group; ++g) {
+                const double *mean_of = with->first.get() + g * size, *m2_of = with->second.get() + g * size;
                 double mean = 0, m2 = 0;
                 for (int64_t i = 0; i < size; ++i) mean += mean_of[i];
                 mean /= double(size);  // channels have equal counts
@@ -90,13 +119,13 @@ void samples_normalize(const ChannelsNorm& args, int64_t groups, int dtype, int 
                 args.mean[b * groups + g] = mean;
                 args.rstd[b * groups + g] = rstd;
                 for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-                    const double gain = rstd * weight[c], rest = mean - center.set(c, mean);
-                    scale.set(c, gain);
-                    shift.set(c, (args.bias.data != nullptr ? bias[c] : 0) - rest * gain);
+                    const double gain = rstd * weight[c], rest = mean - with->center.set(c, mean);
+                    with->one.set(c, gain);
+                    with->two.set(c, (args.bias.data != nullptr ? bias[c] : 0) - rest * gain);
                 }
             }
-            kernels().channels_affine[dtype](sample.apply, 0, sample.pieces);
-        }
+            kernels().channels_affine[dtype](sample.apply, 0, sample.pieces());
+        };
     });
 }
 
@@ -105,40 +134,39 @@ void samples_gradients(const ChannelsNorm& args, int64_t groups, int dtype, int 
     const double count = double(size * args.shape.space);
     const Vector weight = widened(args.weight, channels, dtype);
     const Scratch<double> dweights = scratch<double>(batch * channels), dbiases = scratch<double>(batch * channels);
-    bool stream = false;
-    each_sample(args, dtype, threads, 3, &stream, [&](int64_t from, int64_t to) {
-        Sample sample(args, dtype);
-        Vector center(channels, dtype), a(channels, dtype), b_of(channels, dtype), c_of(channels, dtype);
-        sample.reduction.center.data = sample.apply.center.data = center.data;
-        sample.apply.a.data = a.data;
-        sample.apply.b.data = b_of.data;
-        sample.apply.c.data = c_of.data;
-        sample.apply.stream = stream;
-        for (int64_t b = from; b < to; ++b) {
+    each_part(args, groups, dtype, threads, 3, [&](bool stream) {
+        auto with = std::make_shared<Workspace>(args, dtype, stream);
+        ChannelsAffine& apply = with->sample.apply;
+        with->sample.reduction.center.data = with->center.data;
+        apply.a.data = with->one.data;
+        apply.b.data = with->two.data;
+        apply.c.data = with->three.data;
+        return [&, with](int64_t b, int64_t first_group, int64_t last_group) {
+            Sample& sample = with->sample;
             const double *mean = args.mean + b * groups, *rstd = args.rstd + b * groups;
             double *dbias = dbiases.get() + b * channels, *dweight = dweights.get() + b * channels;
-            for (int64_t c = 0; c < channels; ++c) center.set(c, mean[c / size]);
-            sample.at(b);
+            for (int64_t c = first_group * size; c < last_group * size; ++c) with->center.set(c, mean[c / size]);
+            sample.at(b, first_group * size, last_group * size);
             sample.reduction.result_first = dbias;
             sample.reduction.result_second = dweight;  // sum(dout * (x - center)) until it is dweight's part
             sample.reduce(kernels().channels_backward_moments[dtype], kernels().merge_sums);
-            for (int64_t g = 0; g < groups; ++g) {
-                const double rest = mean[g] - center[g * size];
+            for (int64_t g = first_group; g < last_group; ++g) {
+                const double rest = mean[g] - with->center[g * size];
                 double slope = 0, level = 0;  // what multiplies (x - mean), and what does not, but for a * dout
                 for (int64_t c = g * size; c < (g + 1) * size; ++c) {
                     dweight[c] = (dweight[c] - rest * dbias[c]) * rstd[g];
                     const double gain = rstd[g] * weight[c];
-                    a.set(c, gain);
+                    with->one.set(c, gain);
                     slope -= gain * rstd[g] * dweight[c];
                     level -= gain * dbias[c];
                 }
                 for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-                    b_of.set(c, slope / count);
-                    c_of.set(c, level / count - slope / count * rest);
+                    with->two.set(c, slope / count);
+                    with->three.set(c, level / count - slope / count * rest);
                 }
             }
-            if (args.out != nullptr) kernels().channels_backward_affine[dtype](sample.apply, 0, sample.pieces);
-        }
+            if (args.out != nullptr) kernels().channels_backward_affine[dtype](sample.apply, 0, sample.pieces());
+        };
     });
     for (int64_t c = 0; c < channels; ++c) args.dweight[c] = args.dbias[c] = 0;
     for (int64_t b = 0; b < batch; ++b) {

@@ -8,7 +8,7 @@ Read next: channel_steps.py, the two steps of every channel norm.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from normkit.functional.channel_steps import Given
 from normkit.functional.masks import Lengths, valid_positions
 from normkit.ranks import ProcessGroup
 from normkit.statistics import Moments
+
+_OMITTED = object()  # not None, which torch.utils._pytree may put in a tensor's place
 
 
 def batch_norm(
@@ -99,6 +101,8 @@ def batch_norm(
     if has_torch_function_variadic(*tensors, mask):
         return overridden(batch_norm, (*tensors, mask), *tensors, training, momentum, eps, **more)
     _checks.batch_norm("batch_norm", *tensors, training, eps)
+    if process_group is not None:
+        _checks.process_group("batch_norm", "process_group", process_group)
     given = Given(input, weight, bias, valid_positions("batch_norm", input, mask, lengths))
     arguments = (given, running_mean, running_var, training, momentum, eps, process_group)
     if profiled():
@@ -130,11 +134,21 @@ def _batch_norm(
     return out
 
 
-class BatchNormed(NamedTuple):
-    """What `batch_norm_with_moments` returns: out, and what it was normalized with."""
-
+class _Normed(NamedTuple):
     out: Tensor
     moments: Moments
+
+
+class BatchNormed(_Normed):
+    """What `batch_norm_with_moments` returns: out, and what it was normalized with.
+
+    Made of one iterable too, as torch rebuilds a result for a tensor subclass.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, out: Any, moments: Any = _OMITTED) -> Self:
+        return cls._make(out) if moments is _OMITTED else super().__new__(cls, out, moments)
 
 
 def batch_norm_with_moments(
@@ -178,6 +192,8 @@ def batch_norm_with_moments(
     if has_torch_function_variadic(input, weight, bias, mask):
         return overridden(batch_norm_with_moments, (input, weight, bias, mask), input, weight, bias, eps, **more)
     _checks.batch_norm("batch_norm", input, None, None, weight, bias, True, eps)
+    if process_group is not None:
+        _checks.process_group("batch_norm", "process_group", process_group)
     given = Given(input, weight, bias, valid_positions("batch_norm", input, mask, lengths))
     with profiler.record_function("normkit::batch_norm") if profiled() else nullcontext():
         moments = channel_steps.batch_moments(given, process_group)

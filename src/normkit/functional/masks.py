@@ -52,6 +52,8 @@ def _from_lengths(op: str, x: Tensor, lengths: Lengths) -> Tensor:
             f"{op}: lengths need x of shape (B, C, L), got {_checks.shape_text(x.shape)}; pass mask= for other spaces"
         )
     counts = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, device=x.device)
+    if not isinstance(lengths, Tensor) and len(lengths) == 0:  # torch takes an empty list for floating-point numbers
+        counts = counts.long()
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
         raise TypeError(f"{op}: lengths must be integers, got {counts.dtype}; pass the number of valid positions")
     if tuple(counts.shape) != (x.shape[0],):
@@ -63,6 +65,7 @@ def _from_lengths(op: str, x: Tensor, lengths: Lengths) -> Tensor:
         raise ValueError(
             f"{op}: lengths must be on x's device {x.device}, got {counts.device}; move them with lengths.to(x.device)"
         )
+    counts = counts.long()  # a narrow type could not be compared with a long L
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading them would wait for the device
         outside = (counts < 0) | (counts > x.shape[2])
         if bool(outside.any()):

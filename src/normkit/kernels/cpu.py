@@ -270,10 +270,13 @@ def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    batch, channels, space = shape
+def _empty(like: Tensor, channels_last: bool) -> Tensor:
+    """New dense memory of `like`'s shape and dtype: a kept block where it is large and `like` lies as asked."""
+    batch, channels, space = like.shape
     strides = (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
-    return torch.empty_strided((batch, channels, space), strides, dtype=dtype, device="cpu")  # not the default one
+    if like.stride() == strides and (kept := _core.empty_like(like)) is not None:
+        return kept
+    return torch.empty_strided((batch, channels, space), strides, dtype=like.dtype, device="cpu")  # not the default one
 
 
 def _lines(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
@@ -333,7 +336,7 @@ def channels_affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, mas
     center, center_stride = _values(center, dtype)
     scale, scale_stride = _values(scale, dtype)
     shift, shift_stride = _values(shift, dtype)
-    out = _empty(x.shape, dtype, channels_last)
+    out = _empty(x, channels_last)
     batch, channels, space = x.shape
     _core.channels_affine(
         _CODES[dtype],
@@ -424,7 +427,7 @@ def channels_backward_affine(
             _address(c),
             c_stride,
         )
-    dx = _empty(dout.shape, dtype, channels_last)
+    dx = _empty(dout if x is None else x, channels_last)
     batch, channels, space = dout.shape
     _core.channels_backward_affine(
         _CODES[dtype],

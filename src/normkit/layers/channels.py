@@ -65,9 +65,15 @@ class _BatchNorm(RunningStatistics):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.stated_as_decay = decay is not None
         self.debiased, self.nonfinite, self.one_value = debiased, nonfinite, one_value
-        self._held = None if process_group is None else ranks.Held(process_group)
+        self._hold(process_group)
         if affine and not bias:  # torch.nn's own argument only since 2.13
             self.register_parameter("bias", None)
+
+    def _hold(self, group: ProcessGroup | None) -> None:
+        if group is not None:
+            _checks.process_group(type(self).__name__, "process_group", group)
+        self._held = None if group is None else ranks.Held(group)
+        self._agreed = False
 
     @property
     def decay(self) -> float | None:
@@ -137,11 +143,12 @@ class _BatchNorm(RunningStatistics):
         out, moments = functional.batch_norm_with_moments(
             x, self.weight, self.bias, self.eps, mask=mask, lengths=lengths, process_group=group
         )
-        if known(moments.count) == 1:
-            if self.one_value == "running":
-                return self._with_running(x, mask, lengths)
-            if self.one_value == "raise":
-                _checks.two_values("batch_norm", x, 1)
+        number = known(moments.count)
+        if number == 1 and self.one_value == "raise":
+            _checks.two_values("batch_norm", x, 1)
+        if self.one_value == "running" and number in (None, 1):
+            stored = self._with_running(x, mask, lengths)
+            out = stored if number == 1 else torch.where(moments.count == 1, stored, out)
         if tracking:
             self.take_statistics(moments)
         return out
@@ -192,12 +199,15 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         decay: the weight of the *old* average, the textbook's and Keras's convention (0.9, 0.99, 0.999), instead
             of momentum.
         debiased: whether the averages forget their start values 0 and 1 at once: update t weighs its batch by
-            momentum / (1 - decay^t), so the first replaces them (Adam's bias correction). Default False, as torch.
+            momentum / (1 - decay^t), so the first replaces them (Adam's bias correction); t counts in
+            num_batches_tracked, so statistics loaded with a count of 0 are replaced too. Default False, as torch.
         nonfinite: what a training batch with NaN or infinity does to the running statistics: "skip" (default) leaves
             them, counts it in `nonfinite_batches` and warns once; "raise" refuses it (on CUDA it waits for the
             device in every step); "allow" is torch's, which averages it in.
         one_value: what a single value per channel does in training: "raise" (default, torch's), "running" normalizes
             with the running statistics, "skip" gives bias, the formula at variance 0; neither moves the averages.
+            "raise" looks at shapes, and at what masks and ranks count where that is known without waiting for a device
+            (CPU, eager); elsewhere it is "skip".
         process_group: whose ranks' batches share the statistics in training, see `SyncBatchNorm`; default None, this
             process alone.
 
@@ -205,8 +215,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         bool or `lengths` (B,) say which positions are valid, as in `normkit.functional.batch_norm`.
 
     A forward inside a backward pass is activation checkpointing's second computation of the same batch, and moves
-    nothing. `freeze()` and `unfreeze()` hold the running statistics through `.train()`;
-    `normkit.accumulate_statistics` moves them once per optimizer step.
+    nothing (not seen where torch.compile lies inside the checkpoint; put it around). `freeze()` and `unfreeze()` hold
+    the running statistics through `.train()`; `normkit.accumulate_statistics` moves them once per optimizer step.
 
     Raises:
         ValueError: momentum and decay are both given, or lie outside [0, 1]; x has another number of dimensions or
@@ -276,7 +286,8 @@ class SyncBatchNorm(_BatchNorm):
             with one rank, it is a plain BatchNorm.
 
     Shape: x (B, C, ...) of any number of dimensions from 2; `forward(input, mask=None, lengths=None)`. Every rank must
-        make each forward and backward.
+        make each forward and backward, in the same mode: training, frozen, and whether x takes a gradient.
+        torch.compile breaks its graph there (not with fullgraph=True).
 
     Raises:
         ValueError: as `BatchNorm1d`; at first use on every rank, when num_features or dtypes differ between ranks. A
@@ -297,6 +308,30 @@ class SyncBatchNorm(_BatchNorm):
 
     dimension_names = "(B, C, ...)"
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = _MOMENTUM_DEFAULT,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroup | None = None,  # torch's order
+        device: Any = None,
+        dtype: Any = None,
+        **policies: Any,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            process_group=process_group,
+            **policies,
+        )
+
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks that share the statistics; None where torch.distributed is not in use."""
@@ -315,23 +350,39 @@ class SyncBatchNorm(_BatchNorm):
     ) -> torch.nn.Module:
         """`module` with every BatchNorm in it, torch's or normkit's, as a SyncBatchNorm of the same numbers.
 
-        Parameters and buffers are the very same tensors, modes and policies are kept; InstanceNorm is left alone. As
-        torch's method of this name, it changes `module` in place unless it is itself a BatchNorm: use what it returns.
+        Parameters and buffers are the very same tensors; modes, policies and, unless `process_group` names another,
+        process groups are kept; what was shared stays shared. InstanceNorm is left alone. As torch's method of this
+        name, it changes `module` in place unless it is itself a BatchNorm: use what it returns. ValueError for a lazy
+        BatchNorm that has seen no batch.
         """
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            return cls._of(module, process_group)
-        for name, child in module.named_children():
-            module.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return module
+        return cls._converted(module, process_group, {})
 
     @classmethod
-    def _of(cls, norm: torch.nn.modules.batchnorm._BatchNorm, process_group: ProcessGroup | None) -> SyncBatchNorm:
+    def _converted(
+        cls, module: torch.nn.Module, group: ProcessGroup | None, made: dict[torch.nn.Module, torch.nn.Module]
+    ) -> torch.nn.Module:
+        if module not in made:
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                made[module] = cls._of(module, group)
+            else:
+                made[module] = module
+                for name, child in module._modules.items():  # named_children names a shared module once
+                    if child is not None:
+                        module._modules[name] = cls._converted(child, group, made)
+        return made[module]
+
+    @classmethod
+    def _of(cls, norm: torch.nn.modules.batchnorm._BatchNorm, group: ProcessGroup | None) -> SyncBatchNorm:
+        if isinstance(norm, torch.nn.modules.lazy.LazyModuleMixin):
+            raise ValueError(
+                f"SyncBatchNorm: convert_sync_batchnorm needs a BatchNorm that knows its num_features, got a fresh "
+                f"{type(norm).__name__}; call the model on a batch first"
+            )
         made = cls(norm.num_features, device="meta")
         kept = {name: copy(value) if isinstance(value, dict) else value for name, value in norm.__dict__.items()}
+        before = kept.pop("process_group", None)  # torch.nn.SyncBatchNorm's
+        held = kept.pop("_held", None)
+        kept.pop("_compiled_call_impl", None)  # it calls the old module
         made.__dict__.update(kept)  # numbers, modes, hooks and, of normkit's own, policies
-        made._held = None if process_group is None else ranks.Held(process_group)
-        made._agreed = False
-        if "nonfinite_batches" not in made._buffers:
-            counter = made.num_batches_tracked
-            made.register_buffer("nonfinite_batches", None if counter is None else torch.zeros_like(counter), False)
+        made._hold(group if group is not None else before if held is None else held.group)
         return made

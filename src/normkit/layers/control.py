@@ -6,7 +6,7 @@ Read next: running.py, what one layer does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,17 +72,20 @@ def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
 class Accumulation:
     """What `accumulate_statistics` returns: `remove()` undoes it; as a context manager it does so at the end."""
 
-    def __init__(self, model: torch.nn.Module, hook: Any) -> None:
-        self._model, self._hook = model, hook
+    def __init__(self, layers: Sequence[RunningStatistics], hook: Any) -> None:
+        self._before = [(layer, layer.deferred) for layer in layers]
+        self._hook = hook
+        for layer in layers:
+            layer.deferred = True
 
     def remove(self) -> None:
-        """Commit what is pending, and move the running statistics at every forward again."""
+        """Commit what is pending, and move the running statistics as before; a second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
-        for module in self._model.modules():
-            if isinstance(module, RunningStatistics):
-                module.commit_statistics()
-                module.deferred = False
+        for layer, deferred in self._before:
+            layer.commit_statistics()
+            layer.deferred = deferred
+        self._before = []
 
     def __enter__(self) -> Accumulation:
         return self
@@ -111,8 +114,10 @@ def accumulate_statistics(model: torch.nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         ValueError: no BatchNorm with running statistics in the model, or one of torch.nn's.
 
-    Numerics: pending moments are float64 on CPU, as exact as one batch's; they are not part of the state dict: save
-        checkpoints after a step.
+    Numerics: pending moments are float64, as exact as one batch's. They are not part of the state dict, and loading
+        one drops them: save checkpoints after a step. A copy of the model (torch.optim.swa_utils.AveragedModel) goes on
+        accumulating: for its statistics use `recompute_statistics`. Not for torch.nn.DataParallel, whose replicas are
+        thrown away, nor under torch.func.vmap.
 
     Example:
         >>> import torch, normkit
@@ -124,13 +129,12 @@ def accumulate_statistics(model: torch.nn.Module, optimizer: torch.optim.Optimiz
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
-    for layer in tracking_layers("accumulate_statistics", model).values():
-        layer.deferred = True
+    layers = tuple(tracking_layers("accumulate_statistics", model).values())
 
     def after_step(*_: object) -> None:
         statistics_step(model)
 
-    return Accumulation(model, None if optimizer is None else optimizer.register_step_post_hook(after_step))
+    return Accumulation(layers, None if optimizer is None else optimizer.register_step_post_hook(after_step))
 
 
 def statistics_step(model: torch.nn.Module) -> int:

@@ -8,6 +8,7 @@ Read next: channels.py, whose layers use it; control.py, the same for all layers
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,15 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
     pending: Moments | None = None
     debiased: bool = False
     nonfinite: str = "skip"
-    nonfinite_batches: Tensor | None  # training batches kept out for NaN or infinity; a buffer outside the state dict
+    _refused: int = 0  # batches; plain attributes, since a buffer would be broadcast and must be loaded
+    _refused_on_device: Tensor | None = None
 
     def freeze(self) -> None:
         """Normalize with the running statistics and leave them alone, in training too, until `unfreeze()`.
 
-        Survives `.train()`. gamma and beta still learn: set their `requires_grad` for that. Raises ValueError without
-        running statistics.
+        Survives `.train()`. gamma and beta still learn: set their `requires_grad` for that. What
+        `accumulate_statistics` left pending waits until the layer is thawed. Raises ValueError without running
+        statistics.
         """
         if self.running_mean is None:
             raise ValueError(
@@ -52,18 +55,28 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
         """Back to the batch's statistics in training."""
         self.frozen = False
 
+    @property
+    def nonfinite_batches(self) -> int:
+        """How many training batches this process kept out of the running statistics for NaN or infinity.
+
+        Compiled forwards keep them out but do not count. Where they are counted on a device, reading waits for it.
+        """
+        return self._refused + (0 if self._refused_on_device is None else int(self._refused_on_device))
+
     def reset_running_stats(self) -> None:
         """Start values 0 and 1, nothing counted, nothing pending."""
         super().reset_running_stats()
-        self.pending = None
-        counter = self.num_batches_tracked
-        self.register_buffer("nonfinite_batches", None if counter is None else torch.zeros_like(counter), False)
+        self.pending, self._refused, self._refused_on_device = None, 0, None
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.pending = None  # belongs to the statistics that were
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def weight_of_new(self) -> float | Tensor:
         """The weight of the next batch in the running averages: momentum, or what makes early averages unbiased."""
         momentum = self.momentum
         if momentum is not None and (not self.debiased or momentum == 0.0):
-            return momentum
+            return float(momentum)
         tracked = self.num_batches_tracked
         if tracked is None:
             return 0.0 if momentum is None else momentum
@@ -78,9 +91,11 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
 
     def take_statistics(self, moments: Moments) -> None:
         """Move the running statistics by one training batch, as the policies say; an empty batch changes nothing."""
-        keep: bool | Tensor = moments.count > 1
-        if self.nonfinite != "allow":
-            keep = self._guarded(keep, statistics.finite(moments))
+        keep: bool | Tensor = moments.count > 0
+        if self.nonfinite != "allow" and self.running_mean is not None and self.running_var is not None:
+            variance = statistics.unbiased_variance(moments.count, moments.m2)
+            dtypes = (self.running_mean.dtype, self.running_var.dtype)
+            keep = self._guarded(keep, statistics.finite(moments.mean, variance, dtypes))
         if self.deferred:
             self._defer(moments, keep)
         else:
@@ -91,47 +106,54 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
         number = known(finite.to(torch.int64))
         if number is None and self.nonfinite == "raise":
             number = int(finite)  # waits for the device: the price of raising
-        counter = self._buffers.get("nonfinite_batches")  # a layer pickled by an earlier version has none
         if number is None:
-            if counter is not None:
-                counter.add_(~finite)
+            if not torch.compiler.is_compiling():
+                self._count_on_device(~finite)
             return keep & finite
         if number == 1:
             return keep
-        where = "got NaN or infinity in a training batch"
+        where = "got statistics with NaN or infinity from a training batch"
         if self.nonfinite == "raise":
             raise ValueError(
                 f"{type(self).__name__}: running statistics need finite values, {where}; look for where they come "
                 f"from, or pass nonfinite='skip' to leave such batches out"
             )
-        if counter is None or int(counter) == 0:
+        if self._refused == 0:
             warnings.warn(
                 f"{type(self).__name__}: {where}; running statistics leave such batches out "
                 f"(counted in nonfinite_batches, told once; nonfinite='raise' or 'allow' change that)",
-                stacklevel=4,
+                stacklevel=5,
             )
-        if counter is not None:
-            counter.add_(1)
+        self._refused += 1
         return False
+
+    def _count_on_device(self, refused: Tensor) -> None:
+        before = self._refused_on_device
+        if before is None or before.device != refused.device:
+            self._refused = self.nonfinite_batches
+            before = torch.zeros((), dtype=torch.int64, device=refused.device)
+        self._refused_on_device = before + refused
 
     def _defer(self, moments: Moments, keep: bool | Tensor) -> None:
         if keep is False:
             return
         count = moments.count
         if isinstance(keep, Tensor):
-            count = torch.where(keep, torch.as_tensor(count, device=keep.device), 0)
+            count = torch.where(keep, statistics.on_device(count, keep.device), 0.0)
         new = Moments(count, moments.mean.detach(), moments.m2.detach())
         self.pending = new if self.pending is None else statistics.merged(self.pending, new)
 
     def commit_statistics(self) -> bool:
-        """Move the running statistics by what was pending, as one batch; whether anything was."""
-        if self.pending is None:
+        """Move the running statistics by what was pending, as one batch; whether anything was. Not while frozen."""
+        if self.pending is None or self.frozen:
             return False
-        pending, self.pending = self.pending, None
-        self._commit(pending, pending.count > 1)
+        assert self.running_mean is not None
+        self._commit(statistics.moved(self.pending, self.running_mean.device), True)
+        self.pending = None
         return True
 
     def _commit(self, moments: Moments, keep: bool | Tensor) -> None:
+        keep = keep & (moments.count > 1)  # a single value has no variance
         number = known(keep.to(torch.int64)) if isinstance(keep, Tensor) else int(keep)
         if number is not None:
             keep = bool(number)

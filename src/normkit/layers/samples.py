@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normkit import _checks, functional
 from normkit.functional.masks import Lengths
+from normkit.layers.running import recomputed
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -80,16 +81,18 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
             if self.affine or self.track_running_stats:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)  # torch warns too: without parameters the number is not used
+        own = self.training or not self.track_running_stats
+        moves = not (own and recomputed())  # a checkpointed forward is computed twice and counts once
         out = functional.instance_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if moves else None,
+            self.running_var if moves else None,
             self.weight,
             self.bias,
-            self.training or not self.track_running_stats,
+            own,
             self.momentum if self.momentum is not None else 0.0,
             self.eps,
-            mask=mask.unsqueeze(0) if alone and mask is not None else mask,
+            mask=mask.unsqueeze(0) if alone and isinstance(mask, Tensor) else mask,
             lengths=lengths,
         )
         return out.squeeze(0) if alone else out

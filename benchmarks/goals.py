@@ -58,7 +58,7 @@ def _parts(check: Check) -> str:
     return "" if check.parts is None else f"; {check.parts:.2f} by its parts"
 
 
-def _markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(columns)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
@@ -83,7 +83,7 @@ def ratio_rows(cells: list[dict[str, Any]]) -> list[list[str]]:
 def markdown(result: dict[str, Any], goals: list[Goal]) -> str:
     environment = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     lines = ["# CPU benchmark", "", "Written by `python benchmarks/goals.py`; do not edit.", "", environment, ""]
-    lines += ["## Goals", "", *_markdown_table(COLUMNS, map(goal_row, goals)), ""]
+    lines += ["## Goals", "", *markdown_table(COLUMNS, map(goal_row, goals)), ""]
     for goal in goals:
         lines += [f"- {goal.title}: {note}" for note in goal.notes]
     lines += ["", "### Cells that fall short", ""]
@@ -93,7 +93,7 @@ def markdown(result: dict[str, Any], goals: list[Goal]) -> str:
             lines += [f"- {goal.title}", *(f"  - {line}" for line in missed)]
     columns = [*RATIO_COLUMNS, *(f"{direction}: {peer}/layer" for direction, peer in PEERS)]
     lines += ["", "## Time of torch and torch.compile over our layer's", ""]
-    lines += _markdown_table(columns, ratio_rows(result["cells"]))
+    lines += markdown_table(columns, ratio_rows(result["cells"]))
     return "\n".join(lines) + "\n"
 
 

@@ -17,8 +17,9 @@ from normkit import ranks
 from normkit.reference import Count
 
 # The bytes that one all-gather of all ranks' (count, mean, m2) may bring to each rank; beyond it, two all-reduces.
-# benchmarks/results/ranks.json: on 2 and 4 gloo ranks the gather was faster up to 256 KiB, and slower from 1 MiB on.
-GATHER_BYTES = 1 << 18
+# benchmarks/results/ranks.json, merging included: the gather took 4.4 ms against 5.0 at 2 MiB on 2 gloo ranks, 13.2
+# against 13.9 at 4 MiB on 4; at 8 and 16 MiB, 19.5 against 7.8 and 71 against 25.
+GATHER_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)

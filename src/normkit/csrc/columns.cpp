@@ -52,7 +52,7 @@ void columns_backward(ColumnsBackward args, int dtype, void* dweight, void* dbia
     Scratch<char> gain_memory, dweight_memory, dbias_memory;
     args.gain = widened(args.weight, dtype, args.channels, 1, gain_memory);
     const int64_t elements = args.batch * args.channels * args.space;
-    args.stream = args.dx != nullptr && streams(args.dx, args.batch, args.channels, args.space, dtype, 3);
+    args.stream = args.dx == nullptr || streams(args.dx, args.batch, args.channels, args.space, dtype, 3);
     prefer_huge_pages(args.dx, elements * storage_bytes(dtype));
     const int64_t strips = args.batch * divide_up(args.space, kStrip);
     args.strips_per_block = strips_per_block(strips);

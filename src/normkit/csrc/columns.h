@@ -1,120 +1,21 @@
 // LayerNorm over the channels of (B, C, S), one position of one sample sharing statistics, where S is contiguous:
 // out[b,c,s] = (x[b,c,s] - mean[b,s]) * rstd[b,s] * gain[c] + shift[c], and its gradient.
-// May include: core.h, steps.h. Compiled once per instruction set; no threads.
-// Read next: columns.cpp, who computes which positions; reference.py, rows_forward and rows_backward of the same.
-//
-// A group is some steps of positions side by side, with all their channels. It goes down the channels' lines two or
-// three times: once out of memory, then out of the core's own cache. A lane belongs to one position, and what it
-// computes does not depend on what stands beside it.
+// May include: core.h, steps.h, column_groups.h. Compiled once per instruction set; no threads.
+// Read next: column_groups.h, how a line is cut; columns.cpp, which splits the positions; reference.py, rows_forward
+// and rows_backward, the same formulas in torch.
 #pragma once
 
-#include "core.h"
-#include "steps.h"
+#include "column_groups.h"
 
 namespace normkit::NORMKIT_ISA {
 
-// Steps of a group: 512 bytes of a line of float32 with AVX-512. Wide pieces of lines are what memory likes; that not
-// all of backward's numbers then stay in registers costs less. Narrow groups of a whole type are taken where they fit
-// the nearest cache and wide ones do not: (32, 64, 56, 56) float32 took 1350 us instead of 1950, its backward 3600
-// instead of 4200, on one thread; bfloat16 gained nothing.
-#if defined(__AVX512F__)
-constexpr int kWideVectors = 8;
-#else
-constexpr int kWideVectors = 4;
-#endif
-template <class T>
-constexpr int kWideSteps = kHalf<T> ? kWideVectors / 2 : kWideVectors;
-template <class T>
-NORMKIT_INLINE bool prefers_narrow(int64_t channels, int tensors, int narrow_steps) {
-    constexpr int64_t kNear = 24 << 10;
-    const int64_t step_bytes = channels * tensors * kStep<T> * int64_t(sizeof(T));
-    return !kHalf<T> && kWideSteps<T> * step_bytes > kNear && narrow_steps * step_bytes <= kNear;
-}
-
-// Lines that are summed in the accumulation dtype before a double takes over.
-constexpr int64_t kRun = 64;
-
-// step(k, lanes) for the steps of a group. `last` is Partial at the end of a line.
-template <int kCount, class Last, class Step>
-NORMKIT_INLINE void across(Last last, const Step& step) {
-#pragma GCC unroll 8
-    for (int k = 0; k + 1 < kCount; ++k) step(k, Full{});
-    step(kCount - 1, last);
-}
-
-// What is computed beside the positions of a group.
-template <class T, int kCount>
-struct Beside {
-    static constexpr int kWidth = kCount * kStep<T>;
-    Acc<T> of[kWidth];
-
-    NORMKIT_INLINE Wide<T> step(int k) const { return load_wide<T>(of + k * kStep<T>, Full{}); }
-};
-template <class T, int kCount>
-struct WideSums {
-    double of[kCount * kStep<T>] = {};
-
-    NORMKIT_INLINE void add(const Wide<T> (&run)[kCount]) {
-        Beside<T, kCount> values;
-#pragma GCC unroll 8
-        for (int k = 0; k < kCount; ++k) store_wide<T>(values.of + k * kStep<T>, run[k], Full{});
-        for (int i = 0; i < values.kWidth; ++i) of[i] += double(values.of[i]);
-    }
-};
-
-// run(first, last) over runs of lines.
-template <class Run>
-NORMKIT_INLINE void for_runs(int64_t channels, const Run& run) {
-    for (int64_t c = 0; c < channels; c += kRun) run(c, c + kRun < channels ? c + kRun : channels);
-}
-
-// A group's elements in one tensor: those of channel c lie at + c * stride. Where they are used for the last time,
-// those at next + c * next_stride are asked for.
-template <class T>
-struct Columns {
-    const T* at;
-    int64_t stride;
-    const T* next;
-    int64_t next_stride;
-};
-
-// The group of n positions from s on, in sample b. Of a sample that stays in the core's own cache, the next is asked
-// for in the order of memory, as much of it as the group is of its own; else the group that follows.
-template <class T>
-NORMKIT_INLINE Columns<T> columns_at(const Lines& lines, int64_t b, int64_t s, int64_t n, int64_t batch,
-                                     int64_t channels, int64_t space) {
-    constexpr int64_t kSmallSample = 256 << 10;
-    const T* sample = static_cast<const T*>(lines.data) + b * lines.batch_stride;
-    const int64_t stride = lines.line_stride;
-    if (stride == space && channels * space * int64_t(sizeof(T)) <= kSmallSample)
-        return {sample + s, stride, sample + (b + 1 < batch ? lines.batch_stride : 0) + s * channels, n};
-    const T* next = s + n < space ? sample + s + n : b + 1 < batch ? sample + lines.batch_stride : sample + s;
-    return {sample + s, stride, next, stride};
-}
-
-// group(s, n, Number<steps>, lanes of the last step) for the positions first..last of a line, up to kMost steps at a
-// time.
-template <class T, int kMost, class Group>
-NORMKIT_INLINE void for_groups(int64_t first, int64_t last, const Group& group) {
-    constexpr int kWidth = kStep<T>;
-    for (; first + kMost * kWidth <= last; first += kMost * kWidth)
-        group(first, int64_t(kMost * kWidth), Number<kMost>{}, Full{});
-    const auto rest = [&](auto count) NORMKIT_STEP {
-        if ((last - first + kWidth - 1) / kWidth == count.value)
-            group(first, last - first, count, Partial{int(last - first) - (count.value - 1) * kWidth});
-    };
-    rest(Number<1>{});
-    if constexpr (kMost > 1) rest(Number<2>{});
-    if constexpr (kMost > 2) rest(Number<3>{}), rest(Number<4>{});
-    if constexpr (kMost > 4) rest(Number<5>{}), rest(Number<6>{}), rest(Number<7>{}), rest(Number<8>{});
-}
-
 // ---------------------------------------------------------------------------------------------- forward
 
+// out = ((x - mean) * rstd + offset) * gain + shift, where `offset` makes good what rounding took from the mean.
 template <class T, int kCount>
 struct Statistics {
-    Beside<T, kCount> center, rstd, offset;  // as in rows.h: out = ((x - center) * rstd + offset) * gain + shift
-    WideSums<T, kCount> mean, var;
+    Beside<T, kCount> mean, rstd, offset;
+    bool settled[Beside<T, kCount>::kWidth];
 };
 
 // A center for the deviations: the mean of up to kSample channels, evenly spread.
@@ -132,18 +33,6 @@ NORMKIT_BLOCK void sample_center(const Columns<T>& x, int64_t channels, Last las
 #pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) store_wide<T>(center.of + k * kStep<T>, Wide<T>(sum[k] * share), Full{});
 }
-
-// Where the group's results go. Unless they are written past the caches, its lines are asked for while others are read:
-// that took forward of float32 (64, 256, 14, 14) from 1127 to 910 us on one thread, its backward from 2324 to 1857.
-template <class T, bool kStream>
-struct Target {
-    T* at;
-    int64_t stride;
-
-    NORMKIT_INLINE void ask(int64_t c, int64_t i) const {
-        if (!kStream) __builtin_prefetch(at + c * stride + i, 1, 2);
-    }
-};
 
 // Sums of d = x - center and of its square.
 template <class T, int kCount, bool kStream, class Last>
@@ -167,18 +56,26 @@ NORMKIT_BLOCK void sum_deviations(const Columns<T>& x, Target<T, kStream> out, i
     });
 }
 
-// mean and var from deviations; true: some center lies more than a standard deviation from its mean.
+// What a pass about a center finds: the mean's distance from it, and the variance.
+template <class T, int kCount>
+struct Moments {
+    Beside<T, kCount> center;
+    WideSums<T, kCount> delta, var;
+
+    // Whether the center lies more than a standard deviation from the mean.
+    NORMKIT_INLINE bool far(int i) const { return delta.of[i] * delta.of[i] > var.of[i]; }
+};
+
+// True: some position's center lies far off.
 template <class T, int kCount, bool kStream, class Last>
 NORMKIT_INLINE bool set_moments(const Columns<T>& x, Target<T, kStream> out, int64_t channels, Last last,
-                                const Beside<T, kCount>& center, WideSums<T, kCount>& mean, WideSums<T, kCount>& var) {
-    const double share = 1 / double(channels);
-    sum_deviations<T, kCount>(x, out, channels, center, last, mean, var);
+                                Moments<T, kCount>& m) {
+    sum_deviations<T, kCount>(x, out, channels, m.center, last, m.delta, m.var);
     int64_t far = 0;
-    for (int i = 0; i < center.kWidth; ++i) {
-        const double delta = mean.of[i] * share, between = delta * delta, rest = var.of[i] * share - between;
-        mean.of[i] = double(center.of[i]) + delta;
-        var.of[i] = rest < 0 ? 0 : rest;  // rounding; NaN stays
-        far |= int64_t(between > rest);
+    for (int i = 0; i < m.center.kWidth; ++i) {
+        m.delta.of[i] /= double(channels);
+        m.var.of[i] = m.var.of[i] / double(channels) - m.delta.of[i] * m.delta.of[i];
+        far |= int64_t(m.far(i));
     }
     return far != 0;
 }
@@ -189,25 +86,29 @@ template <class T, int kCount, bool kStream, class Last>
 NORMKIT_INLINE bool set_statistics(const Columns<T>& x, Target<T, kStream> out, int64_t channels, double eps, Last last,
                                    Statistics<T, kCount>& s) {
     using A = Acc<T>;
-    sample_center<T, kCount>(x, channels, last, s.center);
-    if (__builtin_expect(set_moments<T, kCount>(x, out, channels, last, s.center, s.mean, s.var), 0)) {
-        Beside<T, kCount> center;
-        WideSums<T, kCount> mean, var;
-        for (int i = 0; i < center.kWidth; ++i) center.of[i] = A(s.mean.of[i]);
-        (void)set_moments<T, kCount>(x, out, channels, last, center, mean, var);
-        for (int i = 0; i < center.kWidth; ++i) {
-            const double off = s.mean.of[i] - double(s.center.of[i]);
-            if (!(off * off > s.var.of[i])) continue;
-            s.mean.of[i] = mean.of[i];
-            s.var.of[i] = var.of[i];
+    Moments<T, kCount> m;
+    constexpr int kWidth = Beside<T, kCount>::kWidth;
+    sample_center<T, kCount>(x, channels, last, m.center);
+    if (__builtin_expect(set_moments<T, kCount>(x, out, channels, last, m), 0)) {
+        Moments<T, kCount> again;
+        for (int i = 0; i < kWidth; ++i) again.center.of[i] = A(double(m.center.of[i]) + m.delta.of[i]);
+        (void)set_moments<T, kCount>(x, out, channels, last, again);
+        for (int i = 0; i < kWidth; ++i) {
+            if (!m.far(i)) continue;
+            m.center.of[i] = again.center.of[i];
+            m.delta.of[i] = again.delta.of[i];
+            m.var.of[i] = again.var.of[i];
         }
     }
     int64_t unsettled = 0;
-    for (int i = 0; i < s.center.kWidth; ++i) {
-        const double mean = s.mean.of[i], var = s.var.of[i], rstd = 1 / __builtin_sqrt(var + eps);
-        s.center.of[i] = A(mean);
-        s.offset.of[i] = A((double(s.center.of[i]) - mean) * rstd);
+    for (int i = 0; i < kWidth; ++i) {
+        const double mean = double(m.center.of[i]) + m.delta.of[i];
+        const double var = m.var.of[i] < 0 ? 0 : m.var.of[i];  // rounding; NaN stays
+        const double rstd = 1 / __builtin_sqrt(var + eps);
+        s.mean.of[i] = A(mean);
+        s.offset.of[i] = A((double(s.mean.of[i]) - mean) * rstd);
         s.rstd.of[i] = A(rstd);
+        s.settled[i] = var - var == 0;
         unsettled |= int64_t(!(var - var == 0));
     }
     return unsettled != 0;
@@ -217,10 +118,10 @@ template <class T, int kCount, bool kStream, class Last>
 NORMKIT_BLOCK void write_columns(const ColumnsForward& a, const Columns<T>& x, const Statistics<T, kCount>& s,
                                  Target<T, kStream> out_of, Last last) {
     using A = Acc<T>;
-    Wide<T> center[kCount], rstd[kCount], offset[kCount];
+    Wide<T> mean[kCount], rstd[kCount], offset[kCount];
 #pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) {
-        center[k] = s.center.step(k);
+        mean[k] = s.mean.step(k);
         rstd[k] = s.rstd.step(k);
         offset[k] = s.offset.step(k);
     }
@@ -231,7 +132,7 @@ NORMKIT_BLOCK void write_columns(const ColumnsForward& a, const Columns<T>& x, c
         const A gain_c = gain[c], shift_c = shift[c];
         across<kCount>(last, [&](int k, auto lanes) NORMKIT_STEP {
             prefetch<T>(next, k * kStep<T>);
-            const Wide<T> v = (load<T>(line + k * kStep<T>, lanes) - center[k]) * rstd[k] + offset[k];
+            const Wide<T> v = (load<T>(line + k * kStep<T>, lanes) - mean[k]) * rstd[k] + offset[k];
             store_out<kStream>(out + k * kStep<T>, Wide<T>(v * gain_c + shift_c), lanes);
         });
     }
@@ -277,37 +178,30 @@ void forward_group(const ColumnsForward& a, int64_t b, int64_t s, int64_t n, Las
     Statistics<T, kCount> statistics;
     const bool unsettled = set_statistics<T, kCount>(x, out, a.channels, a.eps, last, statistics);
     const int64_t position = b * a.space + s;
-    if (a.mean != nullptr)
-        for (int64_t i = 0; i < n; ++i) static_cast<A*>(a.mean)[position + i] = A(statistics.mean.of[i]);
+    if (a.mean != nullptr) memcpy(static_cast<A*>(a.mean) + position, statistics.mean.of, size_t(n) * sizeof(A));
     if (a.rstd != nullptr) memcpy(static_cast<A*>(a.rstd) + position, statistics.rstd.of, size_t(n) * sizeof(A));
     write_columns<T, kCount>(a, x, statistics, out, last);
     if (__builtin_expect(!unsettled, 1)) return;
     if (kStream) end_stream();
-    for (int64_t i = 0; i < n; ++i)
-        if (!finite(statistics.var.of[i])) rescue_position<T>(a, x, i, position + i, out.at);
+    for (int64_t i = 0; i < statistics.mean.kWidth; ++i)
+        if (i < n && !statistics.settled[i]) rescue_position<T>(a, x, i, position + i, out.at);
 }
 
 // The strips first..last of all samples, kStrip positions each.
 template <class T>
 void columns_forward(const ColumnsForward& a, int64_t first, int64_t last) {
-    constexpr int kNarrowSteps = kWideSteps<T> / 2;
-    const bool narrow = prefers_narrow<T>(a.channels, 1, kNarrowSteps);
+    const int steps = group_steps<T>(a.channels, kForwardWidth);
     const int64_t strips = (a.space + kStrip - 1) / kStrip;
     for (int64_t strip = first; strip < last; ++strip) {
         const int64_t b = strip / strips, start = strip % strips * kStrip;
         const int64_t end = start + kStrip < a.space ? start + kStrip : a.space;
-        const auto group = [&](int64_t s, int64_t n, auto count, auto lanes) {
+        for_groups<T, kWideSteps<T>>(steps, start, end, [&](int64_t s, int64_t n, auto count, auto lanes) {
             if (a.stream) {
                 forward_group<T, count.value, true>(a, b, s, n, lanes);
             } else {
                 forward_group<T, count.value, false>(a, b, s, n, lanes);
             }
-        };
-        if (narrow) {
-            for_groups<T, kNarrowSteps>(start, end, group);
-        } else {
-            for_groups<T, kWideSteps<T>>(start, end, group);
-        }
+        });
     }
     if (a.stream) end_stream();
 }
@@ -319,12 +213,6 @@ void columns_forward(const ColumnsForward& a, int64_t first, int64_t last) {
 template <class A>
 NORMKIT_INLINE bool is_extreme(A rstd) {
     return finite(rstd) && !(rstd > A(0x1p-50) && rstd < A(0x1p50));
-}
-
-NORMKIT_INLINE Vec<float> one_vector(Two v) { return v.low + v.high; }
-template <class V>
-NORMKIT_INLINE V one_vector(V v) {
-    return v;
 }
 
 template <class T, int kCount>
@@ -456,9 +344,8 @@ void backward_group(const ColumnsBackward& a, int64_t b, int64_t s, int64_t n, L
         group.rstd.of[i] = plain ? rstd[i] : 0;
         extreme = extreme || (i < n && !plain);
     }
-    // without a dx, an address that may be asked for
     T* at = a.dx != nullptr ? static_cast<T*>(a.dx) + b * a.channels * a.space + s : nullptr;
-    const Target<T, kStream> dx{at, at != nullptr ? a.space : 0};
+    const Target<T, kStream> dx{at, a.space};
     sum_gradients<T, kCount, kSums>(a, group, dx, last, dweight, dbias);
     if (at != nullptr) {
         for (int i = 0; i < kWidth; ++i) {
@@ -480,8 +367,7 @@ void backward_group(const ColumnsBackward& a, int64_t b, int64_t s, int64_t n, L
 template <class T, bool kSums, bool kStream>
 void backward_blocks(const ColumnsBackward& a, int64_t first, int64_t last, void* lanes) {
     using A = Acc<T>;
-    constexpr int kNarrowSteps = kHalf<T> ? 1 : 2;
-    const bool narrow = prefers_narrow<T>(a.channels, 2, kNarrowSteps);
+    const int steps = group_steps<T>(a.channels, kBackwardWidth);
     const int64_t strips = (a.space + kStrip - 1) / kStrip, all = strips * a.batch;
     A *dweight = static_cast<A*>(lanes), *dbias = dweight + a.channels * kLanes<A>;
     for (int64_t block = first; block < last; ++block) {
@@ -490,14 +376,9 @@ void backward_blocks(const ColumnsBackward& a, int64_t first, int64_t last, void
         for (int64_t strip = start; strip < all && strip < start + a.strips_per_block; ++strip) {
             const int64_t b = strip / strips, from = strip % strips * kStrip;
             const int64_t to = from + kStrip < a.space ? from + kStrip : a.space;
-            const auto group = [&](int64_t s, int64_t n, auto count, auto last_lanes) {
+            for_groups<T, kWideSteps<T>>(steps, from, to, [&](int64_t s, int64_t n, auto count, auto last_lanes) {
                 backward_group<T, count.value, kSums, kStream>(a, b, s, n, last_lanes, dweight, dbias);
-            };
-            if (narrow) {
-                for_groups<T, kNarrowSteps>(from, to, group);
-            } else {
-                for_groups<T, kWideSteps<T>>(from, to, group);
-            }
+            });
         }
         if (!kSums) continue;
         for (int64_t c = 0; c < a.channels; ++c) {

@@ -153,7 +153,7 @@ struct ColumnsBackward {
     Weight weight;
     const void* gain;          // as in ColumnsForward
     void* dx;                  // (B, C, S) contiguous, or null
-    bool stream;               // dx is written past the caches
+    bool stream;               // dx is written past the caches, or not at all
     void *dweight, *dbias;     // (blocks, C) in the accumulation dtype, both or null
     int64_t strips_per_block;  // strips that one line of dweight and dbias sums up
 };

@@ -16,10 +16,11 @@ from torch import Tensor
 from normkit import ranks
 from normkit.reference import Count
 
-# The bytes that one all-gather of all ranks' (count, mean, m2) may bring to each rank; beyond it, two all-reduces.
-# benchmarks/results/ranks.json, merging included: the gather took 4.4 ms against 5.0 at 2 MiB on 2 gloo ranks, 13.2
-# against 13.9 at 4 MiB on 4; at 8 and 16 MiB, 19.5 against 7.8 and 71 against 25.
-GATHER_BYTES = 1 << 22
+# One all-gather of all ranks' (count, mean, m2) up to so many bytes at each rank and so many ranks; else two
+# all-reduces. benchmarks/results/ranks.json, merging included: at 1 MiB the gather took 5.7 ms against 12.8 on 4 gloo
+# ranks, at 2 MiB 4.4 against 5.0 on 2, at 8 MiB 19.5 against 7.8. Where sums go up a tree, the gather loses from some
+# 32 ranks on: benchmarks/rank_model.py, a model.
+GATHER_BYTES, GATHER_RANKS = 1 << 20, 32
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def over_ranks(moments: Moments, group: ranks.ProcessGroup) -> Moments:
     mean, m2 = moments.mean.double(), moments.m2.double()
     own = on_device(moments.count, mean.device).reshape(1)
     channels = mean.numel()
-    if ranks.size(group) * (2 * channels + 1) * own.itemsize <= GATHER_BYTES:  # the same choice on every rank
+    number = ranks.size(group)
+    if number <= GATHER_RANKS and number * (2 * channels + 1) * own.itemsize <= GATHER_BYTES:  # the same on every rank
         parts = ranks.gathered(torch.cat([own, mean, m2]), group)
         return pooled(parts[:, :1].detach(), parts[:, 1 : channels + 1], parts[:, channels + 1 :])
     sums = ranks.summed(torch.cat([own, own * mean]), group)
@@ -102,10 +104,11 @@ def over_ranks(moments: Moments, group: ranks.ProcessGroup) -> Moments:
     return Moments(count, common, ranks.summed(m2 + own * (mean - common) ** 2, group))
 
 
-def finite(mean: Tensor, variance: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
-    """Whether both are finite numbers of the running averages' dtypes: a boolean on their device."""
-    stored = (values.detach().to(dtype).double().sum() for values, dtype in zip((mean, variance), dtypes, strict=True))
-    return torch.isfinite(sum(stored, torch.zeros((), dtype=torch.float64, device=mean.device)))
+def finite(moments: Moments, mean_dtype: torch.dtype, variance_dtype: torch.dtype) -> Tensor:
+    """Whether mean and unbiased variance are finite in the running averages' dtypes: a boolean on their device."""
+    mean = moments.mean.detach().to(mean_dtype).double()
+    variance = unbiased_variance(moments.count, moments.m2).detach().to(variance_dtype).double()
+    return torch.isfinite(mean.sum() + variance.sum())
 
 
 def sample_average(moments: Moments) -> tuple[Tensor, Tensor, Count]:

@@ -93,9 +93,8 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
         """Move the running statistics by one training batch, as the policies say; an empty batch changes nothing."""
         keep: bool | Tensor = moments.count > 0
         if self.nonfinite != "allow" and self.running_mean is not None and self.running_var is not None:
-            variance = statistics.unbiased_variance(moments.count, moments.m2)
-            dtypes = (self.running_mean.dtype, self.running_var.dtype)
-            keep = self._guarded(keep, statistics.finite(moments.mean, variance, dtypes))
+            finite = statistics.finite(moments, self.running_mean.dtype, self.running_var.dtype)
+            keep = self._guarded(keep, finite)
         if self.deferred:
             self._defer(moments, keep)
         else:

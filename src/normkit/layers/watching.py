@@ -84,7 +84,7 @@ class Watched:
     def _pool(self, new: Moments) -> None:
         self.calls += 1
         policy = getattr(self.layer, "nonfinite", "skip")  # torch.nn's layers have none: as normkit's default
-        if policy == "allow" or bool(statistics.finite(new)):
+        if policy == "allow" or bool(statistics.finite(new, new.mean.dtype, new.m2.dtype)):
             self.pooled = statistics.merged(self.pooled, new)
             return
         if policy == "raise":

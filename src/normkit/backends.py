@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit import reference
-from normkit.kernels import columns, cpu, memory
+from normkit.kernels import columns, cpu, gpu, memory
 from normkit.reference import Count
 
 
@@ -73,11 +73,11 @@ NAMES = ("cpu", "triton", "reference")
 
 _EXACT_TYPES = (Tensor, torch.nn.Parameter)
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TRITON_IS_OFF = "this version has no Triton kernels; CUDA tensors take the reference path"
 
 _forced = cpu.forced
 
 CPU: Backend = cpu
+TRITON = gpu.TRITON
 COLUMNS = cast(Backend, columns)  # its row primitives for the channels of channels-first memory; it has no others
 suits_columns = columns.suits
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
@@ -112,7 +112,11 @@ def select(*tensors: Tensor | None) -> Backend | None:
         return None
     forced = _forced.get()
     if forced is None:
-        if _off_cpu(tensors) is None:
+        x = tensors[0]
+        if x is not None and x.is_cuda:
+            if _off_triton(tensors) is None:
+                return _TAKERS["triton"]
+        elif _off_cpu(tensors) is None:
             return cpu
         return reference if _off_reference(tensors) is None else None
     off = _OFF[forced](tensors)
@@ -121,7 +125,7 @@ def select(*tensors: Tensor | None) -> Backend | None:
         raise BackendUnavailable(
             f'use_backend("{forced}") cannot take this call: {off}; leave use_backend or name another ({table})'
         )
-    return cpu if forced == "cpu" else reference
+    return _TAKERS[forced]
 
 
 def reasons(x: Tensor | None = None) -> list[Reason]:
@@ -132,7 +136,7 @@ def reasons(x: Tensor | None = None) -> list[Reason]:
         >>> for reason in normkit.reasons(torch.ones(2, 3, device="meta")):
         ...     print(reason)
         cpu (not chosen): x is on meta, the compiled core takes CPU tensors
-        triton (not chosen): this version has no Triton kernels; CUDA tensors take the reference path
+        triton (not chosen): torch finds no CUDA device
         reference (chosen): the formulas in plain torch take what no kernel takes
     """
     tensors = (torch.empty(0) if x is None else x,)
@@ -177,7 +181,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}; see normkit.reasons()")
-    off = _TRITON_IS_OFF if name == "triton" else cpu.unavailable() if name == "cpu" else None
+    off = {"cpu": cpu.unavailable, "triton": gpu.unavailable, "reference": lambda: None}[name]()
     if off is not None:
         raise BackendUnavailable(f'use_backend("{name}"): {off}')
     token = _forced.set(name)
@@ -235,7 +239,10 @@ def _off_cpu(tensors: Sequence[Tensor | None]) -> str | None:
 
 
 def _off_triton(tensors: Sequence[Tensor | None]) -> str | None:
-    return _TRITON_IS_OFF
+    for tensor in tensors:
+        if tensor is not None and not exact(tensor):
+            return gpu.unavailable() or _inexact_text(tensor)
+    return gpu.off(tensors, _KERNEL_DTYPES)
 
 
 def _off_reference(tensors: Sequence[Tensor | None]) -> str | None:
@@ -256,6 +263,7 @@ def _inexact_text(tensor: Tensor) -> str:
     return "x is nested, sparse, or a lazily negated or zero view, kernels take plain strided memory"
 
 
+_TAKERS: dict[str, Backend] = {"cpu": cpu, "triton": TRITON, "reference": reference}
 _OFF = {"cpu": _off_cpu, "triton": _off_triton, "reference": _off_reference}
 _CHOSEN = {
     "cpu": "the compiled core takes plain CPU tensors",

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 NUMBER_BYTES = 8  # everything is sent as float64
-GATHER_BYTES, GATHER_RANKS = 1 << 20, 32  # the proposed rule; `rules` compares it with others
+GATHER_BYTES, GATHER_RANKS = 1 << 20, 32  # normkit.statistics has the same; RULES compares them with others
 MOST_CHANNELS = 1 << 16  # fitted; beyond, times were measured to grow faster than sizes, and no layer is so wide
-STATED_ERRORS = {2: (0.15, 0.45), 4: (0.15, 0.35)}  # by ranks: the median and the worst relative error of the fit
+STATED_ERRORS = {2: (0.1, 0.25), 4: (0.1, 0.25)}  # by ranks: the median and the worst relative error of the fit
 GROUPS = (8, 32, 64, 1024, 16384)  # ranks that share statistics
 
 
@@ -264,7 +264,8 @@ RULES = {
     "up to 1 MiB": below(1 << 20),
     "up to 4 MiB": below(1 << 22),
     "up to 1 MiB and 16 ranks": below(1 << 20, 16),
-    "up to 1 MiB and 32 ranks (gathers)": gathers,
+    "up to 1 MiB and 32 ranks": below(1 << 20, 32),
+    "up to 2 MiB and 32 ranks": below(1 << 21, 32),
 }
 
 
@@ -282,6 +283,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
 
 def spread(times: dict[str, float]) -> str:
     return f"{times['median']:,.0f} [{times['p10']:,.0f}, {times['p90']:,.0f}]"
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def counted(work: Work) -> str:
+    return f"{work.calls:,.0f}, {work.steps:,.0f}, {work.sent / 1e6:.1f}"
 
 
 def measured(cells: Cells) -> list[str]:
@@ -312,7 +321,7 @@ def checked(cells: Cells) -> list[str]:
         link = fitted(cells, of)
         found = errors(cells, on, link)
         if title in ("2", "4"):
-            costs.append([title, *(f"{cost:.3g}" for cost in astuple(link))])
+            costs.append([title, *(f"{cost:.4g}" for cost in astuple(link))])
             for ranks, channels in sorted({key[:2] for key in found}):
                 each = [found[ranks, channels, variant] for variant in VARIANTS]
                 points.append([f"{ranks}, {channels:,}", *(f"{error:+.0%}" for error in each)])
@@ -355,16 +364,14 @@ def predicted(cells: Cells) -> list[str]:
     rules = [[name, *(f"{regret(rule, *link):.1f}" for link in links.values())] for name, rule in RULES.items()]
     steps = [
         [f"{network.name}; {name}"]
-        + [f"{link.time_us(training_step(network, how, ranks)) / 1e3:,.2f}" for ranks in GROUPS]
+        + [short(link.time_us(training_step(network, how, ranks)) / 1e3) for ranks in GROUPS]
         for network in NETWORKS
         for name, (link, how) in links.items()
     ]
     sent = [
-        [f"{network.name}; {how.name}"]
-        + [f"{work.calls:,.0f}, {work.steps:,.0f}, {work.sent / 1e6:,.2f}" for work in works]
+        [f"{network.name}; {how.name}"] + [counted(training_step(network, how, ranks)) for ranks in GROUPS]
         for network in NETWORKS
         for how in (RING, MIXED, DOUBLING)
-        for works in [[training_step(network, how, ranks) for ranks in GROUPS]]
     ]
     return [
         "Model, no measurement: the largest C (a power of 2) at which the gather is not slower, by ranks:",

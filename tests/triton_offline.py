@@ -56,9 +56,14 @@ class Compiled:
         widths = [0]
         for vector, bits in re.findall(r"ld\.global(?:\.[\w:]+)*?(?:\.(v[24]))?\.[bfu](\d+)", self.ptx):
             widths.append(int(bits) * int(vector[1:] or 1) if vector else int(bits))
-        widths += [8 * int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", self.ptx)
-                   if not size.startswith("0x")]
-        widths += [8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", self.ptx)]
+        widths += [
+            8 * int(size)
+            for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", self.ptx)
+            if not size.startswith("0x")
+        ]
+        widths += [
+            8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", self.ptx)
+        ]
         return max(widths)
 
 
@@ -83,9 +88,16 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     kernel = launch.kernel
     assert len(kernel.params) == len(launch.arguments), kernel
     for number, (parameter, value) in enumerate(zip(kernel.params, launch.arguments, strict=True)):
-        if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (_is_int(value) and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name] = "constexpr"
             constants[(number,)] = value
+            continue
+        if isinstance(value, float):
+            signature[parameter.name] = "fp32"
             continue
         if isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]

@@ -203,8 +203,12 @@ class ChannelNorm(torch.autograd.Function):
         if plain and backend is backends.CPU and not torch.compiler.is_compiling():
             narrow = weight is not None and ctx.bias_dtype in (None, weight.dtype)
             found = backends.batch_norm_backward_now(dout, x, mean, rstd, weight, x_needs, parameters, narrow)
+        differentiated = found is None and _differentiated(dout)
+        if backend is backends.TRITON and not differentiated and mean.dim() == 1 and x.numel() > 0:
+            if shared is None or shared.group is None:
+                found = _in_triton(dout, x, mask, mean, rstd, weight, shared, (x_needs, parameters), ctx.bias_dtype)
         if found is None:
-            if _differentiated(dout):
+            if differentiated:
                 backend = reference
                 if shared is not None:
                     mean, rstd = _statistics_again(x, mask, mean, shared, ctx.eps)
@@ -217,6 +221,25 @@ class ChannelNorm(torch.autograd.Function):
         if dbias is not None:
             dbias = _in_dtype(dbias, ctx.bias_dtype) if bias_needs else None
         return None, dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _in_triton(
+    dout: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    shared: Shared | None,
+    needs: tuple[bool, bool],
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`channel_gradients` of a whole BatchNorm in few launches."""
+    narrow = weight.dtype if weight is not None and bias_dtype in (None, weight.dtype) else None
+    count = None if shared is None else shared.count
+    arguments = (lines(dout), lines(x), mean, rstd, weight, count, mask, needs, narrow)
+    dx, dweight, dbias = backends.TRITON.batch_norm_backward(*arguments)
+    return None if dx is None else dx.view(x.shape), dweight, dbias
 
 
 def _statistics_again(

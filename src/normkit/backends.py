@@ -78,6 +78,7 @@ _forced = cpu.forced
 
 CPU: Backend = cpu
 TRITON = gpu.TRITON
+interpreted = gpu.interpreted
 COLUMNS = cast(Backend, columns)  # its row primitives for the channels of channels-first memory; it has no others
 suits_columns = columns.suits
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
@@ -155,6 +156,11 @@ def reasons(x: Tensor | None = None) -> list[Reason]:
         else:
             rows.append(Reason(name, False, off[name] or f"{taker} comes first"))
     return rows
+
+
+def is_forced() -> bool:
+    """Whether `use_backend` is in force."""
+    return _forced.get() is not None
 
 
 def transform_text(transform: str) -> str:

@@ -1,8 +1,8 @@
 """The two steps of a channel norm: moments of what shares statistics, then the affine, recorded for backward.
 
 Here: `batch_moments` and `sample_moments`, `normalized` with them, `normalized_by` stored statistics; and both steps
-`at_once`.
-May import: torch, _checks, reference, statistics, autograd, backends, calls.
+`at_once` on the compiled core, or as a `whole` in Triton.
+May import: torch, _checks, reference, statistics, autograd, backends, calls, handover.
 Read next: autograd.py, what is saved and what backward does.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from normkit import _checks, backends, reference, statistics
 from normkit.autograd import Shared, channel_moments, channel_vectors, lines, per_channel, record_channel_norm
+from normkit.functional import handover
 from normkit.functional.calls import requires_grad
 from normkit.reference import Count, accumulation_dtype
 from normkit.statistics import Moments
@@ -48,6 +49,56 @@ def at_once(
     out: Tensor | None = backends.batch_norm_now(
         x, running_mean, running_var, weight, bias, training, momentum, eps, True
     )
+    return out
+
+
+def whole(
+    given: Given,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    guarded: bool = False,
+    tracked: Tensor | None = None,
+    refused: Tensor | None = None,
+) -> Tensor | None:
+    """batch_norm in few launches where Triton takes the call; None where it does not, or where a policy must look.
+
+    A `guarded` batch with NaN or infinity leaves running_mean and running_var alone; `tracked` and `refused` count the
+    batches, on the device.
+    """
+    x, weight, bias, mask = given
+    if not x.is_cuda and not backends.interpreted():
+        return None
+    values = x.shape[0] * x.shape[2:].numel()
+    if x.numel() == 0 or (training and values == 1):
+        return None
+    if backends.select(x, running_mean, running_var, weight, bias) is not backends.TRITON:
+        return None
+    if mask is None and not guarded:
+        handed = handover.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if handed is not None:
+            if tracked is not None:
+                tracked.add_(1)
+            return handed
+    if any(buffer is not None and not buffer.is_contiguous() for buffer in (running_mean, running_var)):
+        return None
+    shared = None
+    with torch.no_grad():
+        if training:
+            arguments = (running_mean, running_var, weight, bias, momentum, eps, mask, guarded, tracked, refused)
+            out, count, mean, rstd = backends.TRITON.batch_norm_forward(lines(x), *arguments)
+            shared = Shared(count, None)
+            for changed in (running_mean, running_var, tracked, refused):
+                if changed is not None and not changed.is_inference():
+                    torch.autograd.graph.increment_version(changed)
+        else:
+            arguments = (running_mean, running_var, weight, bias, eps, mask)
+            out, mean, rstd = backends.TRITON.batch_norm_with_running(lines(x), *arguments)
+    out = out.view(x.shape)
+    if torch.is_grad_enabled() and requires_grad(x, weight, bias):
+        return record_channel_norm(backends.TRITON, x, weight, bias, mean, rstd, shared, eps, out, mask)
     return out
 
 

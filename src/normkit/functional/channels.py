@@ -120,6 +120,10 @@ def _batch_norm(
     eps: float,
     group: ProcessGroup | None,
 ) -> Tensor:
+    if group is None:
+        out = channel_steps.whole(given, running_mean, running_var, training, momentum, eps)
+        if out is not None:
+            return out
     if not training:
         assert running_mean is not None
         assert running_var is not None

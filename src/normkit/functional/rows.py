@@ -1,7 +1,7 @@
 """Norms along rows: layer_norm, rms_norm, and both after a residual add.
 
 Here: check the arguments, differentiate, call the backend; the docstrings that quote the formulas.
-May import: torch, _checks, reference, ranks, autograd, backends, calls, nested, sharded.
+May import: torch, _checks, reference, ranks, autograd, backends, calls, handover, nested, sharded.
 Read next: autograd.py, what is saved and what backward does.
 """
 
@@ -19,7 +19,7 @@ from torch.overrides import has_torch_function_variadic
 
 from normkit import _checks, backends, reference
 from normkit.autograd import record_row_norm
-from normkit.functional import nested, sharded
+from normkit.functional import handover, nested, sharded
 from normkit.functional.calls import overridden, profiled, requires_grad
 from normkit.ranks import ProcessGroup
 from normkit.reference import accumulation_dtype
@@ -329,6 +329,10 @@ def _row_compute(
     backend = backends.select(x, residual, weight, bias)
     if backend is None:
         return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
+    if backend is backends.TRITON:
+        small = handover.row_norm(x, residual, weight, bias, eps, centered, weight_offset)
+        if small is not None:
+            return small
     if torch.is_grad_enabled() and requires_grad(x, residual, weight, bias):
         return record_row_norm(backend, x, residual, weight, bias, eps, centered, weight_offset)
     return backend.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]

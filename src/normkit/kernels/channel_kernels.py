@@ -45,6 +45,16 @@ def _tile(base_ptr, sample, c, s, sb, sc, ss):
 
 
 @triton.jit
+def _kept(mask_ptr, sample, S, s, inside):
+    """Positions that are inside and valid. Tiles are fetched whole, and what is not valid is put out after: a load that
+    a mask cuts up is one of single elements.
+    """
+    if mask_ptr is not None:
+        inside = inside & (tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
 def _deviating(
     mean, m2, count, steps, first, last, stride, blocks, S, begin, x_ptr, mask_ptr, c, present, sb, sc, ss, center, scale,
     ACC: tl.constexpr, BLOCK_S: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
@@ -53,7 +63,9 @@ def _deviating(
     for number in tl.range(first, last, stride, num_stages=STAGES):
         sample, s, inside = _block(number, blocks, S, begin, BLOCK_S, WHOLE)
         if MASKED:
-            inside = inside & (tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0)
+            inside = inside & (
+                tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0
+            )
         valid = present[:, None] & inside[None, :]
         x = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=valid, other=0.0).to(ACC)
         steps += 1.0
@@ -138,10 +150,9 @@ def moments_kernel(
         sample = split % B
     s = tl.arange(0, BLOCK_S)
     inside = s < S
-    if MASKED:
-        inside = inside & (tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0)
-    valid = present[:, None] & inside[None, :]
-    sampled = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=valid, other=0.0).to(ACC)
+    sampled = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=present[:, None] & inside[None, :], other=0.0)
+    inside = _kept(mask_ptr, sample, S, s, inside)
+    sampled = tl.where(inside[None, :], sampled.to(ACC), 0.0)
     center = tl.sum(sampled, 1) / tl.maximum(tl.sum(inside.to(ACC), 0), 1.0)
     center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
     one = (tl.program_id(0) * 0).to(ACC) + 1.0
@@ -260,13 +271,11 @@ def affine_kernel(
     present = c < C
     inside = s < S
     valid = present[:, None] & inside[None, :]
-    reads = valid
-    if mask_ptr is not None:
-        kept = tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0
-        reads = valid & kept[None, :]
     at = (tl.full((), 0, tl.int64) + sample) * vector_stride + c
     a = tl.load(a_ptr + at, mask=present, other=0.0)[:, None]
-    x = tl.load(_tile(x_ptr, sample, c, s, xb_units * UNIT_B, xc_units * UNIT_C, xs_units * UNIT_SS), mask=reads, other=0.0)
+    x = tl.load(
+        _tile(x_ptr, sample, c, s, xb_units * UNIT_B, xc_units * UNIT_C, xs_units * UNIT_SS), mask=valid, other=0.0
+    )
     x = x.to(ACC)
     if BACKWARD:
         out = a * x
@@ -274,13 +283,13 @@ def affine_kernel(
             x2_at = _tile(x2_ptr, sample, c, s, x2b_units * UNIT_B, x2c_units * UNIT_C, x2s_units * UNIT_SS)
             center = tl.load(center_ptr + at, mask=present, other=0.0)[:, None]
             b = tl.load(b_ptr + at, mask=present, other=0.0)[:, None]
-            out += b * (tl.load(x2_at, mask=reads, other=0.0).to(ACC) - center)
+            out += b * (tl.load(x2_at, mask=valid, other=0.0).to(ACC) - center)
             out += tl.load(c_ptr + at, mask=present, other=0.0)[:, None]
     else:
         center = tl.load(center_ptr + at, mask=present, other=0.0)[:, None]
         out = (x - center) * a + tl.load(b_ptr + at, mask=present, other=0.0)[:, None]
     if mask_ptr is not None:
-        out = tl.where(reads, out, 0.0)
+        out = tl.where(_kept(mask_ptr, sample, S, s, inside)[None, :], out, 0.0)
     to = _tile(out_ptr, sample, c, s, ob_units * UNIT_B, oc_units * UNIT_C, os_units * UNIT_SS)
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=valid)
 
@@ -293,7 +302,9 @@ def _summing(
     for number in tl.range(first, last, stride, num_stages=STAGES):
         sample, s, inside = _block(number, blocks, S, begin, BLOCK_S, WHOLE)
         if mask_ptr is not None:
-            inside = inside & (tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0)
+            inside = inside & (
+                tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0
+            )
         valid = present[:, None] & inside[None, :]
         d = tl.load(_tile(dout_ptr, sample, c, s, db, dc, ds), mask=valid, other=0.0).to(ACC)
         x = tl.load(_tile(x_ptr, sample, c, s, xb, xc, xs), mask=valid, other=0.0).to(ACC)

@@ -12,6 +12,16 @@ order whatever the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+
+
+# Up to so many elements torch's own norms take less time: forward alone, and recorded with its backward.
+_TORCH_FORWARD, _TORCH_RECORDED = 0, 0
+
+
+def torch_is_faster(recorded: bool) -> int:
+    """Up to how many elements of x torch's own norm is called instead."""
+    return _TORCH_RECORDED if recorded else _TORCH_FORWARD
 
 
 def power_of_two(size: int) -> int:
@@ -33,29 +43,51 @@ class RowTile:
     programs: int = 0  # per multiprocessor, each taking tiles in turn; 0: one for each tile
 
 
-# Bytes of the longest row that forward keeps on chip: more spills (tests/test_triton_offline.py compiles the limits).
-_LONGEST_FORWARD = 1 << 16
-_LONGEST_BACKWARD = 1 << 15
+@cache
+def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
+    """For rows of `size` elements of `itemsize` bytes.
 
-
-def rows_forward(size: int, itemsize: int) -> RowTile:
-    """For rows of `size` elements of `itemsize` bytes."""
+    Of 983 tiles tried on an H200 (benchmarks/results/gpu_tiles.json) these are the fastest or within some percent of
+    it: 64 bytes a thread, a row or more than one at a time; from 16384 elements on, what the register file allows.
+    """
     block = power_of_two(size)
-    if block * itemsize > _LONGEST_FORWARD:
-        return RowTile(1, 8192 * 4 // max(itemsize, 4), 16, stages=1)
-    tile = 4096 // itemsize  # elements of 4 KiB, a warp's share is 1 KiB
-    rows = max(1, tile // block)
-    return RowTile(rows, block, min(max(rows * block * itemsize // 1024, 1), 32))
+    narrow = itemsize <= 2
+    if block > 16384 or (block == 16384 and centered and not narrow):
+        return RowTile(1, 8192, 16, stages=1)
+    if block <= 128:
+        return RowTile(max(1, 4096 // (itemsize * block)), block, 4)
+    if block == 16384 and not centered:
+        return RowTile(1, block, 16 if narrow else 32, stages=3, programs=1)
+    rows = max(1, 1024 // block)
+    return RowTile(rows, block, min(32, rows * block // (1024 if narrow else 512)))
 
 
-def rows_backward(size: int, itemsize: int, centered: bool, parameters: bool) -> RowTile:
-    """For rows of `size` elements of `itemsize` bytes; the sums of parameters' gradients are 4 bytes an element."""
+@cache
+def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
+    """For rows of `size` elements of `itemsize` bytes; chosen as those of `rows_forward`.
+
+    Centered norms sum two parameters' gradients in registers, so they have fewer threads with more registers each.
+    """
     block = power_of_two(size)
-    if block * itemsize > _LONGEST_BACKWARD:
-        return RowTile(1, 4096 * 4 // max(itemsize, 4), 16, stages=1)
+    narrow = itemsize <= 2
+    if block > 16384 or (block == 16384 and centered):
+        return RowTile(1, 4096 if narrow else 8192, 16, stages=1)
+    if block == 16384:
+        return RowTile(1, block, 16, stages=1, programs=1)
+    if not narrow:
+        rows = max(1, 4096 // block)
+        if block == 8192:
+            return RowTile(1, block, 8, stages=4, programs=1)
+        if block == 2048:
+            return RowTile(1, block, 8, stages=3, programs=3)
+        return RowTile(rows, block, 8, stages=1 if block == 256 else 3, programs=2)
+    if block <= 128:
+        return RowTile(4096 // block, block, 8, 3, 2) if centered else RowTile(2048 // block, block, 8, 4, 4)
+    if block == 256:
+        return RowTile(4, block, 1, stages=4, programs=16) if centered else RowTile(4, block, 1, stages=3, programs=12)
     rows = max(1, 2048 // block)
-    warps = min(max(rows * block // 512, 1), 32)
-    return RowTile(rows, block, warps, stages=2, programs=max(1, 32 // warps))
+    warps = rows * block // (1024 if centered else 512)
+    return RowTile(rows, block, warps, stages=4, programs=max(1, (8 if centered else 24) // warps))
 
 
 def programs(tiles: int, multiprocessors: int, tile: RowTile) -> int:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def _start(row, inner, outer_stride, inner_stride, TWO_AXES: tl.constexpr):
     """The element at which a row starts, 64 bits wide."""

@@ -131,7 +131,15 @@ def partial_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[T
     taken = in_units(lines, strides(x, lines))
     grid = (-(-lines.channels // tile.block_c), splits, lines.batch if per_sample else 1)
     numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
-    constants = (per_sample, SCALES[x.dtype], triton_dtype(x.dtype), *taken.sizes, tile.block_c, tile.block_s, tile.stages)
+    constants = (
+        per_sample,
+        SCALES[x.dtype],
+        triton_dtype(x.dtype),
+        *taken.sizes,
+        tile.block_c,
+        tile.block_s,
+        tile.stages,
+    )
     run(moments_kernel, x, grid, x, packed(mask), partial, *numbers, *constants, num_warps=tile.warps)
     return partial, units
 

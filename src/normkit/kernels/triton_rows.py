@@ -9,6 +9,7 @@ Read next: launch.py, who chooses tiles and grids; row_kernels.py, the arithmeti
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from normkit import reference
 from normkit.kernels import launch
-from normkit.kernels.cpu import _in_rows
+from normkit.kernels.cpu import _empty_rows, _in_rows
 from normkit.kernels.launch import RowTile
 from normkit.kernels.long_row_kernels import long_dx_kernel, long_forward_kernel, long_parameters_kernel
 from normkit.kernels.row_kernels import backward_kernel, forward_kernel, sum_kernel
@@ -38,7 +39,15 @@ def _optional(x: Tensor | None) -> tuple[Tensor | None, _Axes, bool]:
 
 
 def _parameter(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+    return values if values is None or values.is_contiguous() else values.contiguous()
+
+
+@cache
+def _forward_plan(size: int, dtype: torch.dtype, centered: bool, eps: float, weight_offset: float) -> tuple[RowTile, Any]:
+    """The tile, and the constants of a kernel."""
+    tile = launch.rows_forward(size, dtype.itemsize, centered)
+    numbers = (eps, weight_offset, centered, SCALES[dtype], triton_dtype(dtype), size)
+    return tile, (*numbers, *((tile.block, tile.stages) if tile.block < size else (tile.block, tile.rows, tile.stages)))
 
 
 def rows_forward(
@@ -56,22 +65,19 @@ def rows_forward(
     dtype, shape, size = x.dtype, x.shape, x.shape[-1]
     x, x_axes, x_two = _strided(x)
     residual, residual_axes, residual_two = _optional(residual)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = _empty_rows(x)
     total = x if residual is None else torch.empty_like(out)
-    rstd = torch.empty(shape[:-1], dtype=ACCUMULATION[dtype], device=x.device)
+    rstd = x.new_empty(shape[:-1], dtype=ACCUMULATION[dtype])
     mean = torch.empty_like(rstd) if centered else None
-    weight, bias = _parameter(weight), _parameter(bias)
     rows = rstd.numel()
-    tensors = (x, residual, weight, bias, out, None if residual is None else total, mean, rstd)
+    tensors = (x, residual, _parameter(weight), _parameter(bias), out, None if residual is None else total, mean, rstd)
     axes = (*x_axes, *residual_axes, x_two, residual_two)
-    numbers = (float(eps), float(weight_offset), centered, SCALES[dtype], triton_dtype(dtype), size)
-    tile = launch.rows_forward(size, dtype.itemsize)
+    tile, constants = _forward_plan(size, dtype, centered, float(eps), float(weight_offset))
     if tile.block < size:
-        run(long_forward_kernel, x, (rows,), *tensors, *axes, *numbers, tile.block, tile.stages, num_warps=tile.warps)
+        run(long_forward_kernel, x, (rows,), *tensors, *axes, *constants, num_warps=tile.warps)
     else:
         grid = (launch.programs(-(-rows // tile.rows), multiprocessors(x), tile),)
-        blocks = (tile.block, tile.rows, tile.stages)
-        run(forward_kernel, x, grid, *tensors, rows, *axes, *numbers, *blocks, num_warps=tile.warps)
+        run(forward_kernel, x, grid, *tensors, rows, *axes, *constants, num_warps=tile.warps)
     return out, total, mean, rstd
 
 
@@ -98,13 +104,15 @@ def rows_backward(
     total, total_axes, total_two = _strided(total)
     dout, dout_axes, dout_two = _strided(dout)
     dtotal, dtotal_axes, dtotal_two = _optional(dtotal if needs[0] else None)
-    rstd = rstd.to(ACCUMULATION[dtype]).contiguous()
-    mean = None if mean is None else mean.to(rstd.dtype).contiguous()
+    if rstd.dtype != ACCUMULATION[dtype] or not rstd.is_contiguous():  # saved_tensors_hooks may have changed them
+        rstd = rstd.to(ACCUMULATION[dtype]).contiguous()
+    if mean is not None and (mean.dtype != rstd.dtype or not mean.is_contiguous()):
+        mean = mean.to(rstd.dtype).contiguous()
     weight = _parameter(weight)
-    dx = torch.empty(shape, dtype=dtype, device=total.device) if needs[0] else None
+    dx = _empty_rows(total) if needs[0] else None
     gradients = [rstd.new_empty(size, dtype=narrow or rstd.dtype) if need else None for need in needs[1:]]
     rows, parameters = rstd.numel(), needs[1] or needs[2]
-    tile = launch.rows_backward(size, dtype.itemsize, mean is not None, parameters)
+    tile = launch.rows_backward(size, dtype.itemsize, mean is not None)
     axes = (*dout_axes, *dtotal_axes, *total_axes, dout_two, dtotal_two, total_two)
     acc, centered = triton_dtype(dtype), mean is not None
     statistics = (mean, rstd)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normkit import _checks, functional, ranks
 from normkit.functional.calls import apart
-from normkit.functional.channel_steps import at_once, known
+from normkit.functional.channel_steps import Given, at_once, known, whole
 from normkit.functional.masks import Lengths
 from normkit.layers.running import NONFINITE, ONE_VALUE, RunningStatistics, recomputed
 from normkit.ranks import ProcessGroup
@@ -116,9 +116,23 @@ class _BatchNorm(RunningStatistics):
             return None
         means, variances = (self.running_mean, self.running_var) if tracking or not own else (None, None)
         out = at_once(x, means, variances, self.weight, self.bias, own, weight, self.eps)
-        if out is not None and tracking and self.num_batches_tracked is not None:
+        if out is None:
+            return self._whole(x, means, variances, own, tracking, weight)
+        if tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)  # after the call: a refused batch is not counted
         return out
+
+    def _whole(
+        self, x: Tensor, means: Tensor | None, variances: Tensor | None, own: bool, tracking: bool, weight: float
+    ) -> Tensor | None:
+        """The plain call in a GPU's few launches, which look after NaN and count by themselves."""
+        if tracking and self.nonfinite == "raise":
+            return None  # it waits for the device
+        guarded = tracking and self.nonfinite == "skip"
+        refused = self.refused_on(x.device) if guarded and x.device.type != "cpu" else None
+        given = Given(x, self.weight, self.bias, None)
+        tracked = self.num_batches_tracked if tracking else None
+        return whole(given, means, variances, own, weight, self.eps, guarded, tracked, refused)
 
     def _with_running(self, x: Tensor, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
         return functional.batch_norm(
@@ -148,7 +162,10 @@ class _BatchNorm(RunningStatistics):
             _checks.two_values("batch_norm", x, 1)
         if self.one_value == "running" and number in (None, 1):
             stored = self._with_running(x, mask, lengths)
-            out = stored if number == 1 else torch.where(moments.count == 1, stored, out)
+            if number is None:
+                assert isinstance(moments.count, Tensor)
+                stored = torch.where(moments.count == 1, stored, out)
+            out = stored
         if tracking:
             self.take_statistics(moments)
         return out
@@ -381,7 +398,7 @@ class SyncBatchNorm(_BatchNorm):
         made = cls(norm.num_features, device="meta")
         kept = {name: copy(value) if isinstance(value, dict) else value for name, value in norm.__dict__.items()}
         before = kept.pop("process_group", None)  # torch.nn.SyncBatchNorm's
-        held = kept.pop("_held", None)
+        held: ranks.Held | None = kept.pop("_held", None)
         kept.pop("_compiled_call_impl", None)  # it calls the old module
         made.__dict__.update(kept)  # numbers, modes, hooks and, of normkit's own, policies
         made._hold(group if group is not None else before if held is None else held.group)

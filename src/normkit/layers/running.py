@@ -126,12 +126,16 @@ class RunningStatistics(torch.nn.modules.batchnorm._BatchNorm):
         self._refused += 1
         return False
 
-    def _count_on_device(self, refused: Tensor) -> None:
+    def refused_on(self, device: torch.device) -> Tensor:
+        """The count that a device keeps, so that nobody waits for it."""
         before = self._refused_on_device
-        if before is None or before.device != refused.device:
+        if before is None or before.device != device:
             self._refused = self.nonfinite_batches
-            before = torch.zeros((), dtype=torch.int64, device=refused.device)
-        self._refused_on_device = before + refused
+            before = self._refused_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        return before
+
+    def _count_on_device(self, refused: Tensor) -> None:
+        self._refused_on_device = self.refused_on(refused.device) + refused
 
     def _defer(self, moments: Moments, keep: bool | Tensor) -> None:
         if keep is False:

@@ -1,0 +1,59 @@
+"""Small CUDA inputs, which torch's own kernels norm in less time than a Triton launch takes.
+
+Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do.
+May import: torch, backends, launch.
+Read next: kernels/launch.py, which holds the measured limits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkit import backends
+from normkit.functional.calls import requires_grad
+from normkit.kernels import launch
+
+
+def _small(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether x is small enough, and the backend not asked for by name."""
+    recorded = torch.is_grad_enabled() and requires_grad(x, *parameters)
+    return x.numel() <= launch.torch_is_faster(recorded) and not backends.is_forced()
+
+
+def _of_one_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
+    return all(parameter is None or parameter.dtype == x.dtype for parameter in parameters)
+
+
+def row_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor] | None:
+    """(out, total) of a call that Triton would take."""
+    if weight_offset or x.numel() == 0 or not _small(x, residual, weight, bias) or not _of_one_dtype(x, weight, bias):
+        return None
+    total = x if residual is None else x + residual
+    if centered:
+        return torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+    return torch.nn.functional.rms_norm(total, x.shape[-1:], weight, eps), total
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor | None:
+    """out of a call that Triton would take; with a batch of NaN, running statistics take it in as torch's do."""
+    if x.numel() == 0 or not _small(x, weight, bias):
+        return None
+    return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

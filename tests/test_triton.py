@@ -1,0 +1,260 @@
+"""The Triton kernels through the table of cases: on a CUDA device where one is present, else by Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so test_triton_interpreted.py runs this file in a process of
+its own; in any other process without a device these tests skip. The interpreter truncates to bfloat16 where hardware
+rounds, takes a second for what a GPU does in a microsecond, and so gets the smaller half of the cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import checks
+import normkit
+from cases import BY_NAME, CHANNELS, DTYPES, LAYOUTS, NORMS, ROWS, Norm, make_inputs, normal
+from normkit.kernels import gpu
+from on_device import DEVICE, INTERPRETED, Triton, moved
+from tolerance import assert_same_bits
+
+pytestmark = pytest.mark.skipif(gpu.unavailable() is not None, reason=f"no Triton here: {gpu.unavailable()}")
+
+ours = Triton()
+dtypes = pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.float16, torch.float64) if INTERPRETED else DTYPES, ids=lambda d: str(d)[6:]
+)
+norms = pytest.mark.parametrize("norm", NORMS, ids=str)
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs the device itself")
+
+
+def shapes(norm: Norm) -> tuple[tuple[int, ...], ...]:
+    return norm.shapes[:1] if INTERPRETED else norm.shapes
+
+
+@dtypes
+@norms
+def test_values_and_gradients_are_as_exact_as_torchs(norm: Norm, dtype: torch.dtype) -> None:
+    for shape in shapes(norm):
+        checks.check_values(ours, norm, shape, dtype)
+        checks.check_gradients(ours, norm, shape, dtype)
+
+
+@norms
+def test_every_memory_layout_gives_the_values(norm: Norm) -> None:
+    for layout in ("qkv slice", "channels-last", "misaligned") if INTERPRETED else LAYOUTS:
+        checks.check_values(ours, norm, norm.shapes[-1], torch.float32, layout)
+        checks.check_gradients(ours, norm, norm.shapes[-1], torch.float32, layout)
+
+
+@norms
+def test_parameters_may_be_wider_than_x(norm: Norm) -> None:
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    checks.check_values(ours, norm, norm.shapes[0], dtype, parameter_dtype=torch.float32)
+
+
+@on_gpu
+@pytest.mark.parametrize("norm", ROWS, ids=str)
+def test_sizes_around_every_block_are_right(norm: Norm) -> None:
+    if norm.axes((5, 37)) == (-1,):
+        checks.check_row_sizes(ours, norm)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("size", [40, 300] if INTERPRETED else [40000, 65536, 131072 + 8])
+def test_rows_too_long_for_the_chip_are_right(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normkit.kernels import launch
+
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "rows_forward", lambda *_: launch.RowTile(1, 32, 1, stages=1))
+        monkeypatch.setattr(launch, "rows_backward", lambda *_: launch.RowTile(1, 32, 1, stages=1))
+    norm = BY_NAME[name]
+    checks.check_values(ours, norm, (3, size), torch.float32)
+    checks.check_gradients(ours, norm, (3, size), torch.float32)
+
+
+@pytest.mark.parametrize("norm", ROWS, ids=str)
+def test_programs_that_take_tiles_in_turn_give_the_values(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normkit.kernels import launch
+
+    monkeypatch.setattr(launch, "rows_forward", lambda size, *_: launch.RowTile(2, launch.power_of_two(size), 1, 2, 1))
+    shape = (13, 37) if norm.axes((5, 37)) == (-1,) else norm.shapes[0]
+    checks.check_values(ours, norm, shape, torch.float32)
+
+
+@on_gpu
+@pytest.mark.parametrize("norm", ROWS, ids=str)
+def test_a_row_is_the_same_whatever_the_others(norm: Norm) -> None:
+    if norm.axes((5, 37)) == (-1,):
+        for dtype in (torch.float32, torch.bfloat16):
+            checks.check_rows_alone(ours, norm, dtype)
+
+
+@norms
+def test_every_run_gives_the_same_bits(norm: Norm) -> None:
+    checks.check_deterministic(ours, norm, norm.shapes[0], torch.float32)
+
+
+CHECKS = [
+    "total as stored",
+    "large mean",
+    "large mean costs nothing",
+    "a start unlike the rest",
+    "large values",
+    "not finite",
+    "running statistics",
+    "running statistics outside backpropagation",
+    "eval alone",
+    "empty batch",
+]
+# values of bfloat16, or 2^17 elements: not for the interpreter
+NOT_INTERPRETED = {"large mean", "total as stored", "large values", "a start unlike the rest", "not finite"}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_hard_values(name: str) -> None:
+    if INTERPRETED and name in NOT_INTERPRETED:
+        pytest.skip("its sizes or its bfloat16 are not for the interpreter")
+    checks.CHECKS[name](ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_finite_rows_never_overflow_and_constant_rows_become_bias(dtype: torch.dtype) -> None:
+    scale = 1e30 if dtype == torch.float32 else 1e4
+    x = (normal((5, 37), 6) * scale).to(dtype)
+    x[2] = scale
+    for name in ("layer_norm", "rms_norm"):
+        found = getattr(ours, name)(x, (37,), eps=1e-5).double()
+        exact = getattr(torch.nn.functional, name)(x.double(), (37,), eps=1e-5)
+        assert float((found - exact).abs().max()) < 4e-7 if dtype == torch.float32 else 2e-3
+    assert ours.layer_norm(x, (37,))[2].abs().max() == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
+    x = normal((5, 37), 7).float()
+    x[1, 2] = bad
+    for name in ("layer_norm", "rms_norm"):
+        found, theirs = getattr(ours, name)(x, (37,)), getattr(torch.nn.functional, name)(x, (37,))
+        assert torch.equal(torch.isnan(found), torch.isnan(theirs)), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("mode", ["training", "eval"])
+def test_masked_batch_norm_reads_no_invalid_position(layout: str, mode: str) -> None:
+    shape = (3, 5, 11)
+    values = normal(shape, 31).float()
+    mask = torch.rand((3, 11), generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[1] = False
+    x = LAYOUTS[layout](torch.where(mask.unsqueeze(1), values, torch.nan)).requires_grad_()
+    dout = torch.where(mask.unsqueeze(1), normal(shape, 32).float(), torch.nan)
+    mean, var = torch.zeros(5), torch.ones(5)
+    out = ours.batch_norm(x, mean, var, training=mode == "training", mask=moved(mask))
+    (dx,) = torch.autograd.grad(out, x, dout)
+    out = out.detach()
+    flat = x.detach().movedim(1, -1)[mask].double().requires_grad_()
+    zeros, ones = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    exact = torch.nn.functional.batch_norm(flat, zeros, ones, training=mode == "training")
+    (exact_dx,) = torch.autograd.grad(exact, flat, dout.movedim(1, -1)[mask].double())
+    exact = exact.detach()
+    assert float((out.movedim(1, -1)[mask].double() - exact).abs().max()) < 1e-6
+    assert float((dx.movedim(1, -1)[mask].double() - exact_dx).abs().max()) < 2e-6
+    assert float(out.movedim(1, -1)[~mask].abs().max()) == 0.0
+    assert float(dx.movedim(1, -1)[~mask].abs().max()) == 0.0
+    assert float((mean.double() - zeros).abs().max()) < 1e-6
+    assert float((var.double() - ones).abs().max()) < 1e-6
+
+
+def layer(**policies: Any) -> normkit.BatchNorm1d:
+    return normkit.BatchNorm1d(5, **policies).to(DEVICE)
+
+
+def test_layers_count_their_batches_and_keep_nan_out() -> None:
+    norm, plain = layer(), torch.nn.BatchNorm1d(5)
+    with normkit.use_backend("triton"):
+        for seed in range(3):
+            x = normal((7, 5), seed).float()
+            norm(moved(x))
+            plain(x)
+        bad = normal((7, 5), 9).float()
+        bad[0, 3] = torch.nan
+        assert bool(torch.isnan(norm(moved(bad))).any())
+    assert int(norm.num_batches_tracked) == 3
+    if not INTERPRETED:  # on a CPU, where waiting costs nothing, a refused batch is told at once
+        assert norm.nonfinite_batches == 1
+    torch.testing.assert_close(norm.running_mean.cpu(), plain.running_mean)
+    torch.testing.assert_close(norm.running_var.cpu(), plain.running_var)
+
+
+def test_a_momentum_that_changes_with_every_batch_is_followed() -> None:
+    norm, plain = layer(momentum=None), torch.nn.BatchNorm1d(5, momentum=None)
+    with normkit.use_backend("triton"):
+        for seed in range(4):
+            x = normal((7, 5), seed).float()
+            norm(moved(x))
+            plain(x)
+    torch.testing.assert_close(norm.running_var.cpu(), plain.running_var)
+
+
+def test_running_statistics_know_that_they_were_changed() -> None:
+    norm = layer()
+    before = norm.running_mean._version
+    with normkit.use_backend("triton"):
+        norm(moved(normal((7, 5), 1).float()))
+    assert norm.running_mean._version > before
+
+
+def test_grids_do_not_depend_on_what_the_rows_hold() -> None:
+    norm = BY_NAME["layer_norm"]
+    inputs = make_inputs(norm, (64, 37), torch.float32)
+    (whole,) = (ours.layer_norm(inputs["x"], (37,), inputs["weight"], inputs["bias"]),)
+    part = ours.layer_norm(inputs["x"][3:4], (37,), inputs["weight"], inputs["bias"])
+    assert_same_bits(part, whole[3:4], "a row alone")
+
+
+@on_gpu
+@pytest.mark.parametrize("norm", [BY_NAME["layer_norm"], BY_NAME["rms_norm"], *CHANNELS[:1]], ids=str)
+def test_calls_are_captured_by_cuda_graphs_and_wait_for_nothing(norm: Norm) -> None:
+    made = {name: moved(value) for name, value in make_inputs(norm, (64, 256), torch.float32).items()}
+    for value in made.values():
+        value.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = norm.call(normkit.functional, **made)
+        return (out, *torch.autograd.grad(out, list(made.values()), torch.ones_like(out)))
+
+    with normkit.use_backend("triton"):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            expected = step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        for value in found:
+            value.detach().fill_(torch.nan)
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours_, theirs in zip(found, expected, strict=True):
+        assert_same_bits(ours_.cpu(), theirs.cpu(), f"{norm} replayed")
+
+
+@on_gpu
+def test_offsets_beyond_32_bits_reach_the_last_row() -> None:
+    rows, size = 2**31 // 4096 + 3, 4096
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of device memory")
+    x = torch.ones((rows, size), dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = torch.arange(size, device=DEVICE)
+    with normkit.use_backend("triton"):
+        out = normkit.functional.layer_norm(x, (size,))
+    assert_same_bits(out[-1].cpu(), ours.layer_norm(x[-1:].cpu(), (size,))[0], "the last row")
+    assert float(out[-2].abs().max()) == 0.0

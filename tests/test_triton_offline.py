@@ -1,0 +1,146 @@
+"""Every Triton kernel compiled for three architectures without a GPU: it compiles, loads 128 bits at once where memory
+allows, spills no register, and fits in shared memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("needs triton, and not its interpreter", allow_module_level=True)
+
+from normkit.kernels import triton_batch_norm, triton_channels, triton_rows
+from triton_offline import compiled, launches
+
+MODULES = (triton_rows, triton_channels, triton_batch_norm)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block, CUDA C++ programming guide, table 29
+SIZES = (64, 768, 1024, 4096, 8192, 16384)
+LONG = (32768, 65536)
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+everywhere = pytest.mark.parametrize("capability", SHARED_BYTES)
+
+
+def rows(
+    size: int, dtype: torch.dtype, centered: bool, residual: bool = False, wider: bool = False
+) -> Callable[[], None]:
+    """Forward and backward of 64 rows."""
+
+    def call() -> None:
+        x = torch.empty((64, size), dtype=dtype)
+        weight = torch.empty(size, dtype=F32 if wider else dtype)
+        addend = torch.empty_like(x) if residual else None
+        statistics = torch.empty(64, dtype=F64 if dtype == F64 else F32)
+        mean = statistics if centered else None
+        triton_rows.rows_forward(x, addend, weight, weight if centered else None, 1e-5, centered, 0.0)
+        needs = (True, True, centered)
+        triton_rows.rows_backward(x, addend, x, mean, statistics, weight, 0.0, needs)
+
+    return call
+
+
+def batch_norm(
+    shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, masked: bool
+) -> Callable[[], None]:
+    """Training, evaluation and backward."""
+
+    def call() -> None:
+        batch, channels, space = shape
+        x = (
+            torch.empty((batch, space, channels), dtype=dtype).transpose(1, 2)
+            if channels_last
+            else torch.empty(shape, dtype=dtype)
+        )
+        mask = torch.ones((batch, space), dtype=torch.bool) if masked else None
+        vector = torch.empty(channels)
+        wide = torch.empty(channels, dtype=F64)
+        one = torch.zeros((), dtype=torch.int64)
+        triton_batch_norm.batch_norm_forward(x, vector, vector, vector, vector, 0.1, 1e-5, mask, True, one, one)
+        triton_batch_norm.batch_norm_with_running(x, vector, vector, vector, vector, 1e-5, mask)
+        count = one if masked else batch * space
+        triton_batch_norm.batch_norm_backward(x, x, wide, wide, vector, count, mask, (True, True), F32)
+
+    return call
+
+
+def per_sample(dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        x = torch.empty((4, 32, 1024), dtype=dtype)
+        vector = torch.empty((4, 32))
+        triton_channels.channels_moments(x, None, True)
+        triton_channels.channels_affine(x, vector, vector, vector, None)
+        triton_channels.channels_backward_moments(x, x, vector, None, True)
+        triton_channels.channels_backward_affine(x, x, vector, vector, vector, vector, None)
+
+    return call
+
+
+ON_CHIP = {
+    f"{'layer' if centered else 'rms'}_norm {size} {str(dtype)[6:]}": rows(size, dtype, centered)
+    for size in SIZES
+    for dtype in (BF16, F32)
+    for centered in (True, False)
+}
+MORE = {
+    "add_layer_norm": rows(4096, BF16, True, residual=True),
+    "add_rms_norm": rows(4096, F32, False, residual=True),
+    "bfloat16 with float32 gamma": rows(4096, BF16, True, wider=True),
+    "float16": rows(1024, F16, True),
+    "float64": rows(1024, F64, True),
+    **{f"{size} {str(dtype)[6:]}": rows(size, dtype, True) for size in LONG for dtype in (BF16, F32)},
+}
+BATCH_NORMS = {
+    f"{shape} {str(dtype)[6:]}{' channels-last' * last}{' masked' * masked}": batch_norm(shape, dtype, last, masked)
+    for shape, dtypes in (((8, 64, 3136), (BF16, F32)), ((8, 512, 64), (BF16,)))
+    for dtype in dtypes
+    for last in (False, True)
+    for masked in (False, True)
+}
+VECTORS = (
+    "merge_kernel",
+    "sums_kernel",
+    "sum_kernel",
+    "finish_forward_kernel",
+    "stored_kernel",
+    "finish_backward_kernel",
+)
+
+
+def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch, wide: bool = True) -> None:
+    for launch in launches(monkeypatch, call, *MODULES):
+        name = launch.kernel.__name__
+        found = compiled(launch, capability)
+        what = f"{name} {launch.options} on sm_{capability}: {found.registers} registers"
+        assert found.spill_bytes == 0 or name in VECTORS, f"{what}, {found.spill_bytes} bytes spilled"
+        assert found.shared_bytes <= SHARED_BYTES[capability], f"{what}, {found.shared_bytes} bytes shared"
+        if name not in VECTORS and wide:
+            assert found.widest_load_bits == 128, f"{what}, loads of {found.widest_load_bits} bits"
+
+
+@pytest.mark.parametrize("call", ON_CHIP.values(), ids=ON_CHIP)
+def test_the_common_row_sizes_load_wide_and_spill_nothing(
+    call: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(call, 90, monkeypatch)
+
+
+@everywhere
+@pytest.mark.parametrize("call", MORE.values(), ids=MORE)
+def test_row_kernels_compile_for(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(call, capability, monkeypatch)
+
+
+@everywhere
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_channel_kernels_compile_for(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(BATCH_NORMS[name], capability, monkeypatch, wide="masked" not in name)
+
+
+@everywhere
+def test_statistics_of_samples_compile_for(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(per_sample(BF16), capability, monkeypatch)
+    check(per_sample(F32), capability, monkeypatch)

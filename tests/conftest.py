@@ -74,6 +74,15 @@ def core() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=cpu._core.isas() if cpu.unavailable() is None else ["absent"])
+def core_by_isa(request: pytest.FixtureRequest, core: None) -> Iterator[str]:
+    """The compiled core, forced, by every instruction set that this machine has: each has bits of its own."""
+    before = cpu.isa()
+    cpu._core.set_isa(request.param)
+    yield request.param
+    cpu._core.set_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """A fixed seed before each test, and torch's settings restored after it."""

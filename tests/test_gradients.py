@@ -132,7 +132,7 @@ def test_an_expanded_incoming_gradient_is_read_in_place(norm: Norm, backend: str
 @pytest.mark.parametrize("shape", [(1031, 257), (3, 70001), (1, HUGE)], ids=str)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
 def test_row_gradients_are_bit_identical_over_runs_and_threads(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, core: None
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, core_by_isa: str
 ) -> None:
     check_deterministic(functional, BY_NAME[name], shape, dtype)
 
@@ -140,7 +140,7 @@ def test_row_gradients_are_bit_identical_over_runs_and_threads(
 @pytest.mark.parametrize("shape", [(64, 32, 14, 14), (5000, 17)], ids=str)
 @pytest.mark.parametrize("name", ["batch_norm in training", "batch_norm in eval"])
 def test_channel_gradients_are_bit_identical_over_runs_and_threads(
-    name: str, shape: tuple[int, ...], core: None
+    name: str, shape: tuple[int, ...], core_by_isa: str
 ) -> None:
     check_deterministic(functional, BY_NAME[name], shape, torch.float32)
 

@@ -321,7 +321,7 @@ def test_a_position_has_the_same_bits_whatever_stands_beside_it(dtype: torch.dty
 @every_dtype
 @every_format
 def test_every_result_has_the_same_bits_from_run_to_run_and_for_any_number_of_threads(
-    layout: str, dtype: torch.dtype
+    layout: str, dtype: torch.dtype, core_by_isa: str
 ) -> None:
     for shape in ((9, 70, 150), (1, 20, 5000), (64, 33, 17)):
         check_deterministic(NF, NORM, shape, dtype)

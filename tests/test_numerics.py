@@ -81,13 +81,13 @@ def test_half_inputs_take_float32_parameters(norm: Norm, dtype: torch.dtype, bac
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", ROW_WISE, ids=str)
-def test_rows_do_not_depend_on_batch_position_or_threads(norm: Norm, dtype: torch.dtype, core: None) -> None:
+def test_rows_do_not_depend_on_batch_position_or_threads(norm: Norm, dtype: torch.dtype, core_by_isa: str) -> None:
     check_rows_alone(functional, norm, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-def test_a_huge_row_shared_by_threads_equals_the_same_row_in_a_batch(name: str, dtype: torch.dtype, core: None) -> None:
+def test_a_huge_row_shared_by_threads_equals_the_same_row_in_a_batch(name: str, dtype: torch.dtype, core_by_isa: str) -> None:
     x = make_inputs(BY_NAME[name], (3, HUGE), dtype)["x"]
     call = getattr(functional, name)
     with threads(1):
@@ -100,7 +100,7 @@ def test_a_huge_row_shared_by_threads_equals_the_same_row_in_a_batch(name: str, 
 
 @pytest.mark.parametrize("shape", [(64, 32, 14, 14), (4, 3, 200, 200), (5000, 17)])
 @pytest.mark.parametrize("norm", CHANNELS[:1] + CHANNELS[2:3], ids=str)
-def test_channels_do_not_depend_on_threads(norm: Norm, shape: tuple[int, ...], core: None) -> None:
+def test_channels_do_not_depend_on_threads(norm: Norm, shape: tuple[int, ...], core_by_isa: str) -> None:
     check_deterministic(functional, norm, shape, torch.float32)
 
 

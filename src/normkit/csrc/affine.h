@@ -33,7 +33,7 @@ struct Affine {
     }
     template <class Lanes>
     NORMKIT_INLINE Wide<T> at(const Numbers& of, int64_t line, int64_t i, Lanes lanes) const {
-        return (load<T>(x + line * x_stride + i, lanes) - of.center) * of.scale + of.shift;
+        return fused(load<T>(x + line * x_stride + i, lanes) - of.center, of.scale, of.shift);
     }
     NORMKIT_INLINE void ask(int64_t line, int64_t i) const { prefetch<T>(x + line * x_stride, i); }
 };
@@ -65,9 +65,9 @@ struct BackwardAffine {
     }
     template <class Lanes>
     NORMKIT_INLINE Wide<T> at(const Numbers& of, int64_t line, int64_t i, Lanes lanes) const {
-        Wide<T> v = of.a * load<T>(dout + line * dout_stride + i, lanes);
-        if constexpr (!kFixed) v += of.b * (load<T>(x + line * x_stride + i, lanes) - of.center) + of.c;
-        return v;
+        const Wide<T> d = load<T>(dout + line * dout_stride + i, lanes);
+        if constexpr (kFixed) return of.a * d;
+        return fused(of.a, d, fused(of.b, load<T>(x + line * x_stride + i, lanes) - of.center, of.c));
     }
     NORMKIT_INLINE void ask(int64_t line, int64_t i) const {
         prefetch<T>(dout + line * dout_stride, i);

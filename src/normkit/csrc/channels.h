@@ -67,7 +67,7 @@ NORMKIT_BLOCK Sums plane_deviations(const ChannelsReduction& a, const PlaneBlock
             Wide<T> d = load<T>(x + i, lanes) - center;
             d = kMask ? where_valid<T>(mask + i, d, lanes) : keep(d, lanes);
             sum[k] += d;
-            square[k] += d * d;
+            square[k] = fused(d, d, square[k]);
         });
     }
     return {add_lanes(sum), add_lanes(square)};
@@ -171,7 +171,7 @@ NORMKIT_INLINE void add_deviations(const T* const* x, const T* const* next, int6
             prefetch<T>(next[r], i);
             const Wide<T> d = load<T>(x[r] + i, lanes) - c;
             s += d;
-            q += d * d;
+            q = fused(d, d, q);
         }
         store_wide<T>(sum + i, load_wide<T>(sum + i, Full{}) + s, Full{});
         if (square != nullptr) store_wide<T>(square + i, load_wide<T>(square + i, Full{}) + q, Full{});
@@ -335,7 +335,7 @@ NORMKIT_INLINE void add_gradients(const ChannelsReduction& a, const Tile<T>& til
             const Wide<T> d = load<T>(tile.dout[first + r] + i, lanes);
             if constexpr (kOwn) c = load_wide<T>(center[r] + i, lanes);
             s += d;
-            p += d * (load<T>(tile.x[first + r] + i, lanes) - c);
+            p = fused(d, load<T>(tile.x[first + r] + i, lanes) - c, p);
         }
         store_wide<T>(sum + i, load_wide<T>(sum + i, Full{}) + s, Full{});
         store_wide<T>(product + i, load_wide<T>(product + i, Full{}) + p, Full{});

@@ -49,7 +49,7 @@ NORMKIT_BLOCK void sum_deviations(const Columns<T>& x, Target<T, kStream> out, i
                 out.ask(c, k * kStep<T>);
                 const Wide<T> d = load<T>(line + k * kStep<T>, lanes) - center[k];
                 sum[k] += d;
-                square[k] += d * d;
+                square[k] = fused(d, d, square[k]);
             });
         sums.add(sum);
         squares.add(square);
@@ -132,8 +132,8 @@ NORMKIT_BLOCK void write_columns(const ColumnsForward& a, const Columns<T>& x, c
         const A gain_c = gain[c], shift_c = shift[c];
         across<kCount>(last, [&](int k, auto lanes) NORMKIT_STEP {
             prefetch<T>(next, k * kStep<T>);
-            const Wide<T> v = (load<T>(line + k * kStep<T>, lanes) - mean[k]) * rstd[k] + offset[k];
-            store_out<kStream>(out + k * kStep<T>, Wide<T>(v * gain_c + shift_c), lanes);
+            const Wide<T> v = fused(load<T>(line + k * kStep<T>, lanes) - mean[k], rstd[k], offset[k]);
+            store_out<kStream>(out + k * kStep<T>, fused(v, splat_wide<T>(gain_c), splat_wide<T>(shift_c)), lanes);
         });
     }
 }
@@ -248,12 +248,12 @@ NORMKIT_BLOCK void sum_gradients(const ColumnsBackward& a, Gradient<T, kCount>& 
                 const Wide<T> d = load<T>(dout + k * kWidth, lanes);
                 const Wide<T> xhat = (load<T>(x + k * kWidth, lanes) - mean[k]) * rstd[k];
                 if constexpr (kSums) {
-                    dweight_c += d * xhat;
+                    dweight_c = fused(d, xhat, dweight_c);
                     dbias_c += d;
                 }
-                const Wide<T> g = product(d, splat_wide<T>(gain_c));
+                const Wide<T> g = d * gain_c;
                 sum[k] += g;
-                products[k] += g * xhat;
+                products[k] = fused(g, xhat, products[k]);
             });
             if constexpr (kSums) {
                 A *dweight_at = dweight + c * kVector, *dbias_at = dbias + c * kVector;
@@ -288,8 +288,8 @@ NORMKIT_BLOCK void write_gradients(const ColumnsBackward& a, const Gradient<T, k
         across<kCount>(last, [&](int k, auto lanes) NORMKIT_STEP {
             prefetch<T>(next_dout, k * kWidth);
             prefetch<T>(next_x, k * kWidth);
-            const Wide<T> g = product(load<T>(dout + k * kWidth, lanes), splat_wide<T>(gain_c));
-            const Wide<T> v = (g - mean_g[k]) + (load<T>(x + k * kWidth, lanes) - mean[k]) * slope[k];
+            const Wide<T> g = load<T>(dout + k * kWidth, lanes) * gain_c;
+            const Wide<T> v = fused(load<T>(x + k * kWidth, lanes) - mean[k], slope[k], g - mean_g[k]);
             store_out<kStream>(dx + k * kWidth, Wide<T>(v * rstd[k]), lanes);
         });
         dout += group.dout.stride;

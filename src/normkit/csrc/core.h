@@ -196,7 +196,8 @@ bool within_core_cache(int64_t bytes);
 bool has_openmp();
 void prefer_huge_pages(void* data, int64_t bytes);
 
-// rows.cpp, channels.cpp, columns.cpp: the primitives. They fill in what their arguments leave open: gain, bias, partials, cuts.
+// rows.cpp, channels.cpp, columns.cpp: the primitives. They fill in what their arguments leave open: gain, bias,
+// partials, cuts.
 struct RowsBackwardResult {
     void *dweight, *dbias;  // (D,) in the accumulation dtype or, if narrow, in x's; or null
     bool narrow;

@@ -47,7 +47,7 @@ NORMKIT_BLOCK void deviation_block(const NormRow<T>* rows, int64_t start, int64_
                 d = keep(d - center.of[r], lanes);
                 sum[r][k % kChains<T>] += d;
             }
-            square[r][k % kChains<T>] += d * d;
+            square[r][k % kChains<T>] = fused(d, d, square[r][k % kChains<T>]);
         }
     });
     for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes(sum[r]), add_lanes(square[r])};
@@ -160,8 +160,8 @@ NORMKIT_BLOCK void affine_block(const NormRow<T>* rows, int64_t start, int64_t n
             if constexpr (kResidual) prefetch<T>(next_residual.of[r], i);
             Wide<T> v = load<T>(x.of[r] + i, lanes);
             if constexpr (kScaled) v *= scale;
-            v = kCentered ? (v - center.of[r]) * rstd.of[r] + offset.of[r] : v * rstd.of[r];
-            v = kShift ? v * gain_i + shift_i : v * gain_i;
+            v = kCentered ? fused(v - center.of[r], rstd.of[r], offset.of[r]) : v * rstd.of[r];
+            v = kShift ? fused(v, gain_i, shift_i) : v * gain_i;
             store_out<kStream>(out.of[r] + i, v, lanes);
         }
     });
@@ -261,11 +261,11 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
             prefetch<T>(next_dout.of[r], i);
             const Wide<T> d = load<T>(dout.of[r] + i, lanes), t = load<T>(total.of[r] + i, lanes);
             const Wide<T> xhat = keep((kCentered ? t - mean.of[r] : t) * rstd.of[r], lanes);
-            if constexpr (kWeight) dweight_i += d * xhat;
+            if constexpr (kWeight) dweight_i = fused(d, xhat, dweight_i);
             if constexpr (kBias) dbias_i += d;
-            const Wide<T> g = product(d, gain_i);
+            const Wide<T> g = d * gain_i;
             if constexpr (kCentered) sum[r][k % kChains<T>] += g;
-            products[r][k % kChains<T>] += g * xhat;
+            products[r][k % kChains<T>] = fused(g, xhat, products[r][k % kChains<T>]);
         }
         if constexpr (kWeight) store_wide<T>(dweight + i, dweight_i, lanes);
         if constexpr (kBias) store_wide<T>(dbias + i, dbias_i, lanes);
@@ -291,12 +291,12 @@ NORMKIT_BLOCK void dx_block(const GradientRow<T>* rows, int64_t start, int64_t n
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
             prefetch<T>(next_total.of[r], i);
-            Wide<T> v = product(load<T>(dout.of[r] + i, lanes), gain_i), t = load<T>(total.of[r] + i, lanes);
+            Wide<T> v = load<T>(dout.of[r] + i, lanes) * gain_i, t = load<T>(total.of[r] + i, lanes);
             if constexpr (kCentered) {
                 v -= mean_g.of[r];
                 t -= mean.of[r];
             }
-            v = (v + t * slope.of[r]) * rstd.of[r];
+            v = fused(t, slope.of[r], v) * rstd.of[r];
             if constexpr (kTotal) v += load<T>(dtotal.of[r] + i, lanes);
             store_out<kStream>(dx.of[r] + i, v, lanes);
         }
@@ -334,7 +334,7 @@ NORMKIT_BLOCK void extreme_gradient_block(const GradientRow<T>& row, int64_t sta
         const Wide<T> d = load<T>(row.dout + start + i, lanes), xhat = extreme.xhat(start + i, lanes);
         if (dweight != nullptr) store_wide<T>(dweight + i, load_wide<T>(dweight + i, lanes) + d * xhat, lanes);
         if (dbias != nullptr) store_wide<T>(dbias + i, load_wide<T>(dbias + i, lanes) + d, lanes);
-        const Wide<T> g = product(d, load_wide<T>(gain + i, lanes));
+        const Wide<T> g = d * load_wide<T>(gain + i, lanes);
         sum[k % kChains<T>] += g;
         products[k % kChains<T>] += g * xhat;
     });
@@ -345,7 +345,7 @@ template <class T>
 NORMKIT_BLOCK void extreme_dx_block(const GradientRow<T>& row, int64_t start, int64_t n, const Acc<T>* gain) {
     const Extreme<T> extreme(row);
     sweep<T>(n, [&](int64_t i, int, auto lanes) NORMKIT_STEP {
-        const Wide<T> g = product(load<T>(row.dout + start + i, lanes), load_wide<T>(gain + i, lanes));
+        const Wide<T> g = load<T>(row.dout + start + i, lanes) * load_wide<T>(gain + i, lanes);
         Wide<T> v = (g - row.mean_g - extreme.xhat(start + i, lanes) * row.mean_g_xhat) * row.rstd;
         if (row.dtotal != nullptr) v += load<T>(row.dtotal + start + i, lanes);
         store<T>(row.dx + start + i, v, lanes);

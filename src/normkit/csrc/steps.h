@@ -265,21 +265,10 @@ NORMKIT_INLINE Wide<T> splat_wide(Acc<T> value) {
     }
 }
 
-// The product as a value of its own, not as a part of a fused multiply-add: what cancels with it later was rounded too.
-template <class V>
-NORMKIT_INLINE V product(V a, V b) {
-    V p = a * b;
-#if defined(__AVX512F__)
-    asm("" : "+v"(p));
-#elif defined(__SSE2__)
-    asm("" : "+x"(p));
-#elif defined(__aarch64__)
-    asm("" : "+w"(p));
-#endif
-    return p;
-}
-
-NORMKIT_INLINE Two product(Two a, Two b) { return {product(a.low, b.low), product(a.high, b.high)}; }
+NORMKIT_INLINE Two fused(Two a, Two b, Two c) { return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)}; }
+// Beside rows of a half type, what serves both halves of a step.
+NORMKIT_INLINE Two fused(Two a, Vec<float> b, Two c) { return fused(a, both(b), c); }
+NORMKIT_INLINE Two fused(Two a, Vec<float> b, Vec<float> c) { return fused(a, both(b), both(c)); }
 
 template <class T>
 NORMKIT_INLINE Wide<T> rounded(Wide<T> v) {  // as it will be read back from storage

@@ -7,6 +7,7 @@ rounds, takes a second for what a GPU does in a microsecond, and so gets the sma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import checks
 import normkit
 from cases import BY_NAME, CHANNELS, DTYPES, LAYOUTS, NORMS, ROWS, Norm, make_inputs, normal
-from normkit.kernels import gpu
+from normkit.kernels import gpu, launch
 from on_device import DEVICE, INTERPRETED, Triton, moved
 from tolerance import assert_same_bits
 
@@ -27,6 +28,19 @@ dtypes = pytest.mark.parametrize(
 )
 norms = pytest.mark.parametrize("norm", NORMS, ids=str)
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs the device itself")
+
+
+@pytest.fixture
+def new_plans() -> Iterator[None]:
+    """Launches are planned anew before and after a test that chooses tiles of its own."""
+    from normkit.kernels import triton_rows
+
+    plans = (triton_rows._forward_plan, triton_rows._backward_plan)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
 
 
 def shapes(norm: Norm) -> tuple[tuple[int, ...], ...]:
@@ -43,7 +57,7 @@ def test_values_and_gradients_are_as_exact_as_torchs(norm: Norm, dtype: torch.dt
 
 @norms
 def test_every_memory_layout_gives_the_values(norm: Norm) -> None:
-    for layout in ("qkv slice", "channels-last", "misaligned") if INTERPRETED else LAYOUTS:
+    for layout in ("qkv slice", "channels-last", "misaligned", "expanded") if INTERPRETED else LAYOUTS:
         checks.check_values(ours, norm, norm.shapes[-1], torch.float32, layout)
         checks.check_gradients(ours, norm, norm.shapes[-1], torch.float32, layout)
 
@@ -63,21 +77,21 @@ def test_sizes_around_every_block_are_right(norm: Norm) -> None:
 
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
 @pytest.mark.parametrize("size", [40, 300] if INTERPRETED else [40000, 65536, 131072 + 8])
-def test_rows_too_long_for_the_chip_are_right(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from normkit.kernels import launch
-
+def test_rows_too_long_for_the_chip_are_right(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch, new_plans: None
+) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(launch, "rows_forward", lambda *_: launch.RowTile(1, 32, 1, stages=1))
-        monkeypatch.setattr(launch, "rows_backward", lambda *_: launch.RowTile(1, 32, 1, stages=1))
+        for name_of_choice in ("rows_forward", "rows_backward"):
+            monkeypatch.setattr(launch, name_of_choice, lambda *_: launch.RowTile(1, 32, 1, stages=1))
     norm = BY_NAME[name]
     checks.check_values(ours, norm, (3, size), torch.float32)
     checks.check_gradients(ours, norm, (3, size), torch.float32)
 
 
 @pytest.mark.parametrize("norm", ROWS, ids=str)
-def test_programs_that_take_tiles_in_turn_give_the_values(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from normkit.kernels import launch
-
+def test_programs_that_take_tiles_in_turn_give_the_values(
+    norm: Norm, monkeypatch: pytest.MonkeyPatch, new_plans: None
+) -> None:
     monkeypatch.setattr(launch, "rows_forward", lambda size, *_: launch.RowTile(2, launch.power_of_two(size), 1, 2, 1))
     shape = (13, 37) if norm.axes((5, 37)) == (-1,) else norm.shapes[0]
     checks.check_values(ours, norm, shape, torch.float32)
@@ -189,6 +203,32 @@ def test_layers_count_their_batches_and_keep_nan_out() -> None:
     torch.testing.assert_close(norm.running_var.cpu(), plain.running_var)
 
 
+@on_gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_a_small_input_is_torchs_own_and_a_small_bad_batch_still_refused(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "torch_is_faster", lambda recorded: 1000)
+    x = moved(normal((7, 5), 1).float())
+    assert_same_bits(normkit.functional.layer_norm(x, 5), torch.nn.functional.layer_norm(x, (5,)), "layer_norm")
+    assert_same_bits(normkit.functional.rms_norm(x, 5), torch.nn.functional.rms_norm(x, (5,)), "rms_norm")
+    norm, plain = layer().train(training), torch.nn.BatchNorm1d(5).to(DEVICE).train(training)
+    for seed in range(3):
+        x = moved(normal((7, 5), seed).float())
+        assert_same_bits(norm(x), plain(x), "batch_norm")
+    assert_same_bits(norm.running_mean, plain.running_mean, "running_mean")
+    assert_same_bits(norm.running_var, plain.running_var, "running_var")
+    assert int(norm.num_batches_tracked) == int(plain.num_batches_tracked)
+    if training:
+        before, version = norm.running_var.clone(), norm.running_var._version
+        x[0, 3] = torch.nan
+        assert bool(torch.isnan(norm(x)).any())
+        assert_same_bits(norm.running_var, before, "running_var after NaN")
+        assert norm.running_var._version > version
+        assert norm.nonfinite_batches == 1
+        assert int(norm.num_batches_tracked) == int(plain.num_batches_tracked)
+
+
 def test_a_momentum_that_changes_with_every_batch_is_followed() -> None:
     norm, plain = layer(momentum=None), torch.nn.BatchNorm1d(5, momentum=None)
     with normkit.use_backend("triton"):
@@ -216,6 +256,7 @@ def test_grids_do_not_depend_on_what_the_rows_hold() -> None:
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("norm", [BY_NAME["layer_norm"], BY_NAME["rms_norm"], *CHANNELS[:1]], ids=str)
 def test_calls_are_captured_by_cuda_graphs_and_wait_for_nothing(norm: Norm) -> None:
     made = {name: moved(value) for name, value in make_inputs(norm, (64, 256), torch.float32).items()}
@@ -230,8 +271,8 @@ def test_calls_are_captured_by_cuda_graphs_and_wait_for_nothing(norm: Norm) -> N
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             expected = step()
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")

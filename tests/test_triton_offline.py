@@ -17,7 +17,6 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 from normkit.kernels import triton_batch_norm, triton_channels, triton_rows
 from triton_offline import compiled, launches
 
-MODULES = (triton_rows, triton_channels, triton_batch_norm)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block, CUDA C++ programming guide, table 29
 SIZES = (64, 768, 1024, 4096, 8192, 16384)
 LONG = (32768, 65536)
@@ -111,7 +110,7 @@ VECTORS = (
 
 
 def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch, wide: bool = True) -> None:
-    for launch in launches(monkeypatch, call, *MODULES):
+    for launch in launches(monkeypatch, call):
         name = launch.kernel.__name__
         found = compiled(launch, capability)
         what = f"{name} {launch.options} on sm_{capability}: {found.registers} registers"

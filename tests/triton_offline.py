@@ -22,6 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from normkit.kernels.triton_run import Launcher
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -67,16 +69,15 @@ class Compiled:
         return max(widths)
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], *modules: Any) -> list[Launch]:
-    """What `call` would launch from these modules; its results hold nothing."""
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch; its results hold nothing."""
     found: list[Launch] = []
 
-    def record(kernel: Any, x: Tensor, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
-        found.append(Launch(kernel, grid, arguments, {"num_stages": 1, **options}))
+    def record(launcher: Launcher, _: int, grid: tuple[int, ...], pointers: Any, numbers: Any) -> None:
+        found.append(Launch(launcher.kernel, grid, (*pointers, *numbers, *launcher.constants), launcher.options))
 
     with monkeypatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "run", record)
+        patch.setattr(Launcher, "launch", record)
         call()
     return found
 

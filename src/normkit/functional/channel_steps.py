@@ -76,14 +76,13 @@ def whole(
         return None
     if backends.select(x, running_mean, running_var, weight, bias) is not backends.TRITON:
         return None
-    if mask is None and not guarded:
-        handed = handover.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        if handed is not None:
-            if tracked is not None:
-                tracked.add_(1)
-            return handed
     if any(buffer is not None and not buffer.is_contiguous() for buffer in (running_mean, running_var)):
         return None
+    if mask is None:
+        rest = (weight, bias, training, momentum, eps, guarded, tracked, refused)
+        handed = handover.batch_norm(x, running_mean, running_var, *rest)
+        if handed is not None:
+            return handed
     shared = None
     with torch.no_grad():
         if training:

@@ -52,8 +52,24 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    guarded: bool,
+    tracked: Tensor | None,
+    refused: Tensor | None,
 ) -> Tensor | None:
-    """out of a call that Triton would take; with a batch of NaN, running statistics take it in as torch's do."""
+    """out of a call that Triton would take; see `channel_steps.whole` for the last three.
+
+    torch moves copies of the statistics of a guarded batch, which one launch more takes over if they are finite.
+    """
     if x.numel() == 0 or not _small(x, weight, bias):
         return None
-    return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    means, variances = running_mean, running_var
+    if guarded and running_mean is not None and running_var is not None:
+        means, variances = running_mean.clone(), running_var.clone()
+    out = torch.nn.functional.batch_norm(x, means, variances, weight, bias, training, momentum, eps)
+    if guarded and running_mean is not None and running_var is not None:
+        backends.TRITON.commit_running(means, variances, running_mean, running_var, tracked, refused)
+        for changed in (running_mean, running_var):
+            torch.autograd.graph.increment_version(changed)
+    elif tracked is not None:
+        tracked.add_(1)
+    return out

@@ -1,6 +1,6 @@
 """Triton kernels for what BatchNorm does with vectors of C numbers between its passes over x: one launch for all of it.
 
-Here: `finish_forward_kernel`, `stored_kernel` (with running statistics), `finish_backward_kernel`. Formulas are those
+Here: `finish_forward_kernel`, `commit_kernel`, `stored_kernel` (with running statistics), `finish_backward_kernel`. Formulas are those
 of statistics.py and autograd.py, in float64.
 May import: triton, channel_kernels.
 Read next: triton_batch_norm.py, who launches.
@@ -99,6 +99,35 @@ def finish_forward_kernel(
             tl.store(tracked_ptr, tl.load(tracked_ptr) + tl.where(number > 1.0, fine, 0).to(tl.int64))
         if refused_ptr is not None:
             tl.store(refused_ptr, tl.load(refused_ptr) + 1 - fine.to(tl.int64))
+
+
+@triton.jit
+def commit_kernel(
+    moved_mean_ptr,  # what the batch would make of the running statistics
+    moved_var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,  # int64, or None
+    refused_ptr,  # int64, or None
+    C,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: running statistics become the moved ones if these are finite in every channel."""
+    fine = tl.full((), 1, tl.int32)
+    for begin in tl.range(0, C, BLOCK_C):
+        at = begin + tl.arange(0, BLOCK_C)
+        size = tl.abs(tl.load(moved_mean_ptr + at, mask=at < C, other=0.0))
+        size += tl.abs(tl.load(moved_var_ptr + at, mask=at < C, other=0.0))
+        fine = tl.minimum(fine, tl.min((size < float("inf")).to(tl.int32), 0))
+    if fine == 1:
+        for begin in tl.range(0, C, BLOCK_C):
+            at = begin + tl.arange(0, BLOCK_C)
+            tl.store(running_mean_ptr + at, tl.load(moved_mean_ptr + at, mask=at < C), mask=at < C)
+            tl.store(running_var_ptr + at, tl.load(moved_var_ptr + at, mask=at < C), mask=at < C)
+    if tracked_ptr is not None:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + fine.to(tl.int64))
+    if refused_ptr is not None:
+        tl.store(refused_ptr, tl.load(refused_ptr) + 1 - fine.to(tl.int64))
 
 
 @triton.jit

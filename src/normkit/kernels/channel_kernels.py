@@ -56,57 +56,65 @@ def _kept(mask_ptr, sample, S, s, inside):
 
 @triton.jit
 def _deviating(
-    mean, m2, count, steps, first, last, stride, blocks, S, begin, x_ptr, mask_ptr, c, present, sb, sc, ss, center, scale,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    sum_d, sum_dd, count, first, last, stride, blocks, S, begin, x_ptr, mask_ptr, c, present, sb, sc, ss, center, scale,
+    ACC: tl.constexpr, BLOCK_S: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Welford's update of every lane by the blocks first, first + stride, ... of x - center."""
+    """Adds d = x * scale - center, and its square, of the blocks first, first + stride, ... to every lane's sums."""
     for number in tl.range(first, last, stride, num_stages=STAGES):
         sample, s, inside = _block(number, blocks, S, begin, BLOCK_S, WHOLE)
-        if MASKED:
-            inside = inside & (
-                tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0
-            )
-        valid = present[:, None] & inside[None, :]
-        x = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=valid, other=0.0).to(ACC)
-        steps += 1.0
-        if MASKED:
-            count += tl.where(inside, 1.0, 0.0)
-            share = (1.0 / tl.where(count > 0.0, count, 1.0))[None, :]
+        x = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=present[:, None] & inside[None, :], other=0.0)
+        d = x.to(ACC) * scale[:, None] - center[:, None]
+        if mask_ptr is not None:
+            inside = _kept(mask_ptr, sample, S, s, inside)
+        if mask_ptr is not None or not WHOLE:
+            d = tl.where(inside[None, :], d, 0.0)
+            count += inside.to(ACC)
         else:
-            count = tl.where(inside, steps, count)
-            share = 1.0 / steps
-        x = (x - center[:, None]) * scale
-        delta = tl.where(valid, x - mean, 0.0)
-        mean += delta * share
-        m2 += delta * tl.where(valid, x - mean, 0.0)
-    return mean, m2, count, steps
+            count += 1.0
+        sum_d += d
+        sum_dd += d * d
+    return sum_d, sum_dd, count
 
 
 @triton.jit
 def _all_deviating(
     sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, scale, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """count, mean and m2 (BLOCK_C,) of (x - center) * scale over the split's share of the blocks."""
-    mean = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    m2 = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    """Count, mean of d and mean of d^2 (BLOCK_C,), d = x * scale - center, over the split's share of the blocks."""
+    sum_d = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    sum_dd = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     count = tl.zeros([BLOCK_S], ACC)
-    steps = tl.sum(count, 0)
     whole = S // BLOCK_S
     first = sample_begin * whole + split
-    mean, m2, count, steps = _deviating(
-        mean, m2, count, steps, first, (sample_begin + samples) * whole, splits, whole, S, 0, x_ptr, mask_ptr, c, present,
-        sb, sc, ss, center, scale, ACC, BLOCK_S, True, MASKED, STAGES,
+    sum_d, sum_dd, count = _deviating(
+        sum_d, sum_dd, count, first, (sample_begin + samples) * whole, splits, whole, S, 0, x_ptr, mask_ptr, c, present, sb,
+        sc, ss, center, scale, ACC, BLOCK_S, True, STAGES,
     )  # fmt: skip
     if whole * BLOCK_S < S:
         # from the other end: the first splits had one whole block more
         first = sample_begin + (splits - 1 - split)
-        mean, m2, count, steps = _deviating(
-            mean, m2, count, steps, first, sample_begin + samples, splits, 1, S, whole * BLOCK_S, x_ptr, mask_ptr, c,
-            present, sb, sc, ss, center, scale, ACC, BLOCK_S, False, MASKED, STAGES,
+        sum_d, sum_dd, count = _deviating(
+            sum_d, sum_dd, count, first, sample_begin + samples, splits, 1, S, whole * BLOCK_S, x_ptr, mask_ptr, c, present,
+            sb, sc, ss, center, scale, ACC, BLOCK_S, False, STAGES,
         )  # fmt: skip
-    counts = tl.zeros([BLOCK_C, BLOCK_S], ACC) + count[None, :]
-    return tl.reduce((counts, mean, m2), 1, _pooled)
+    # a lane counts up to some thousands, all of them more than float32 holds exactly
+    n = tl.sum(count.to(tl.float64), 0)
+    divisor = tl.maximum(n, 1.0)
+    return n, tl.sum(sum_d, 1).to(tl.float64) / divisor, tl.sum(sum_dd, 1).to(tl.float64) / divisor
+
+
+@triton.jit
+def _sampled_center(
+    sample, x_ptr, mask_ptr, c, present, S, sb, sc, ss, ACC: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """The mean (BLOCK_C,) of a sample's first positions; 0 where it is not finite."""
+    s = tl.arange(0, BLOCK_S)
+    inside = s < S
+    x = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=present[:, None] & inside[None, :], other=0.0)
+    inside = _kept(mask_ptr, sample, S, s, inside)
+    center = tl.sum(tl.where(inside[None, :], x.to(ACC), 0.0), 1) / tl.maximum(tl.sum(inside.to(ACC), 0), 1.0)
+    return tl.where(tl.abs(center) < float("inf"), center, 0.0)
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
@@ -133,48 +141,56 @@ def moments_kernel(
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Sums of d and d^2 about the mean of a sample of the values: var = mean(d^2) - mean(d)^2.
+
+    Where that difference would lose digits, the sample's mean lying more than a standard deviation off, the pass is
+    made again about the mean itself; where squares overflow, with values times SCALE, about 0 and then about the mean.
+    """
     S = S_units * UNIT_S
     sb, sc, ss = sb_units * UNIT_B, sc_units * UNIT_C, ss_units * UNIT_SS
-    MASKED: tl.constexpr = mask_ptr is not None
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     present = c < C
     split = tl.program_id(1)
     sample_begin = tl.program_id(2)
     samples = 1
+    sample = sample_begin
     if not PER_SAMPLE:
         sample_begin = 0
         samples = B
-    # about the mean of some of the values: what is left is of the size of the deviations, at any mean
-    sample = sample_begin
-    if not PER_SAMPLE:
         sample = split % B
-    s = tl.arange(0, BLOCK_S)
-    inside = s < S
-    sampled = tl.load(_tile(x_ptr, sample, c, s, sb, sc, ss), mask=present[:, None] & inside[None, :], other=0.0)
-    inside = _kept(mask_ptr, sample, S, s, inside)
-    sampled = tl.where(inside[None, :], sampled.to(ACC), 0.0)
-    center = tl.sum(sampled, 1) / tl.maximum(tl.sum(inside.to(ACC), 0), 1.0)
-    center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
-    one = (tl.program_id(0) * 0).to(ACC) + 1.0
-    found = _all_deviating(
-        sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, one, ACC, BLOCK_C,
-        BLOCK_S, MASKED, STAGES,
-    )  # fmt: skip
-    count, mean, m2 = found
-    mean, m2 = mean.to(tl.float64), m2.to(tl.float64)
-    if SCALE != 0.0:
-        if tl.min((m2 < float("inf")).to(tl.int32)) == 0:  # squares overflowed, or there is NaN or infinity
-            scale = one * SCALE
-            center = center * 0.0
-            count, mean, m2 = _all_deviating(
-                sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, scale, ACC,
-                BLOCK_C, BLOCK_S, MASKED, STAGES,
-            )  # fmt: skip
-            mean, m2 = mean.to(tl.float64) * (1.0 / SCALE), m2.to(tl.float64) * (1.0 / SCALE) * (1.0 / SCALE)
-    mean = mean + center.to(tl.float64)
+    center = _sampled_center(sample, x_ptr, mask_ptr, c, present, S, sb, sc, ss, ACC, BLOCK_S)
+    zero = tl.zeros([BLOCK_C], tl.float64)
+    count = tl.sum(zero, 0)
+    mean, square = zero, zero
+    scale = zero.to(ACC) + 1.0
+    centered = 0
+    again = 1
+    while again == 1:
+        count, mean, square = _all_deviating(
+            sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, scale, ACC, BLOCK_C,
+            BLOCK_S, STAGES,
+        )  # fmt: skip
+        again = 0
+        far = tl.max((present & (mean * mean > square - mean * mean)).to(tl.int32), 0)
+        if SCALE != 0.0:
+            overflowed = present & (square == float("inf")) & (scale == 1.0)
+            if tl.max(overflowed.to(tl.int32), 0) == 1:
+                scale = tl.where(overflowed, SCALE, scale)
+                center = tl.where(overflowed, 0.0, center)
+                centered = 0
+                far = 0
+                again = 1
+        if far == 1 and centered == 0:
+            center = (center.to(tl.float64) + mean).to(ACC)
+            centered = 1
+            again = 1
+    inverse = 1.0 / scale.to(tl.float64)
+    m2 = (square - mean * mean) * count
+    m2 = tl.where(m2 < 0.0, 0.0, m2) * inverse * inverse  # rounding; NaN stays
+    mean = (mean + center.to(tl.float64)) * inverse
     mean = tl.where(count > 0.0, mean, 0.0)
     to = partial_ptr + (tl.full((), 0, tl.int64) + split) * units + sample_begin * C + c
-    tl.store(to, count.to(tl.float64), mask=present)
+    tl.store(to, zero + count, mask=present)
     tl.store(to + splits.to(tl.int64) * units, mean, mask=present)
     tl.store(to + 2 * splits.to(tl.int64) * units, m2, mask=present)
 
@@ -301,15 +317,15 @@ def _summing(
 ):  # fmt: skip
     for number in tl.range(first, last, stride, num_stages=STAGES):
         sample, s, inside = _block(number, blocks, S, begin, BLOCK_S, WHOLE)
+        loaded = present[:, None] & inside[None, :]
+        d = tl.load(_tile(dout_ptr, sample, c, s, db, dc, ds), mask=loaded, other=0.0).to(ACC)
+        x = tl.load(_tile(x_ptr, sample, c, s, xb, xc, xs), mask=loaded, other=0.0).to(ACC) - center[:, None]
         if mask_ptr is not None:
-            inside = inside & (
-                tl.load(mask_ptr + (tl.full((), 0, tl.int64) + sample) * S + s, mask=inside, other=0) != 0
-            )
-        valid = present[:, None] & inside[None, :]
-        d = tl.load(_tile(dout_ptr, sample, c, s, db, dc, ds), mask=valid, other=0.0).to(ACC)
-        x = tl.load(_tile(x_ptr, sample, c, s, xb, xc, xs), mask=valid, other=0.0).to(ACC)
+            valid = _kept(mask_ptr, sample, S, s, inside)[None, :]
+            d = tl.where(valid, d, 0.0)
+            x = tl.where(valid, x, 0.0)
         sum_d += d
-        sum_dx += d * tl.where(valid, x - center[:, None], 0.0)
+        sum_dx += d * x
     return sum_d, sum_dx
 
 

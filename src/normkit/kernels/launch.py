@@ -11,9 +11,7 @@ order whatever the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
+from dataclasses import dataclass, replace
 
 # Up to so many elements torch's own norms take less time: forward alone, and recorded with its backward.
 _TORCH_FORWARD, _TORCH_RECORDED = 0, 0
@@ -41,9 +39,9 @@ class RowTile:
     warps: int
     stages: int = 0  # of the pipeline of a program that takes tiles in turn; 0: it takes one
     programs: int = 0  # per multiprocessor, each taking tiles in turn; 0: one for each tile
+    again: bool = False  # whether backward fetches a tile twice
 
 
-@cache
 def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
     """For rows of `size` elements of `itemsize` bytes.
 
@@ -62,7 +60,6 @@ def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
     return RowTile(rows, block, min(32, rows * block // (1024 if narrow else 512)))
 
 
-@cache
 def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
     """For rows of `size` elements of `itemsize` bytes; chosen as those of `rows_forward`.
 
@@ -73,7 +70,7 @@ def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
     if block > 16384 or (block == 16384 and centered):
         return RowTile(1, 4096 if narrow else 8192, 16, stages=1)
     if block == 16384:
-        return RowTile(1, block, 16, stages=1, programs=1)
+        return RowTile(1, block, 16, stages=1, programs=1, again=True)
     if not narrow:
         rows = max(1, 4096 // block)
         if block == 8192:
@@ -90,16 +87,22 @@ def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
     return RowTile(rows, block, warps, stages=4, programs=max(1, (8 if centered else 24) // warps))
 
 
+def fitting(tile: RowTile, tensors: int, itemsize: int, shared_bytes: int) -> RowTile:
+    """The tile with no more stages than a program's shared memory holds, of that many tensors each."""
+    stage = tensors * tile.rows * tile.block * itemsize
+    room = shared_bytes - 4096  # sums over the warps lie there too
+    return replace(tile, stages=max(1, min(tile.stages, 1 + room // stage))) if tile.stages > 1 else tile
+
+
 def programs(tiles: int, multiprocessors: int, tile: RowTile) -> int:
     """How many programs share the tiles: one for each, or what the device holds at once."""
     return min(tiles, multiprocessors * tile.programs) if tile.programs else tiles
 
 
-def long_parameters(size: int, itemsize: int, rows: int, multiprocessors: int) -> RowTile:
+def long_parameters(size: int, multiprocessors: int) -> RowTile:
     """For the parameters' gradients of long rows: `programs` in all share the rows of each block of columns."""
     block = 1024
-    programs = max(1, min(rows, 4 * multiprocessors * block // size))
-    return RowTile(1, block, 4, stages=3, programs=programs)
+    return RowTile(1, block, 4, stages=3, programs=max(1, 4 * multiprocessors * block // size))
 
 
 def partial_sums(size: int) -> RowTile:
@@ -149,7 +152,7 @@ def splits(grid: int, blocks: int, multiprocessors: int) -> int:
     return max(1, min(blocks, -(-4 * multiprocessors // grid)))
 
 
-def merging(splits: int) -> tuple[int, int]:
-    """How many splits and how many channels a program merges at a time."""
+def merging(splits: int, alone: bool = False) -> tuple[int, int]:
+    """How many splits and how many channels a program merges at a time; `alone`, it takes all channels in turn."""
     block = min(power_of_two(splits), 64)
-    return block, max(1, 512 // block)
+    return block, max(1, (4096 if alone else 512) // block)

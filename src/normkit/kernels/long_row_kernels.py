@@ -14,25 +14,14 @@ from normkit.kernels.row_kernels import _gain, _reciprocal_root, _rescaled_root,
 
 
 @triton.jit
-def _pooled(n, mean, m2, other_n, other_mean, other_m2):
-    """Two parts' counts, means and sums of squared deviations as one, by Chan's formula."""
-    count = n + other_n
-    weight = other_n / tl.where(count > 0.0, count, 1.0)
-    delta = other_mean - mean
-    return count, mean + delta * weight, m2 + other_m2 + delta * delta * n * weight
-
-
-@triton.jit
-def _long_moments(
-    x_start, residual_start, total_start, scale, CENTERED: tl.constexpr, ACC: tl.constexpr,
+def _long_means(
+    x_start, residual_start, total_start, scale, center, CENTERED: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """mean and mean square of the deviations of a row times `scale`; also writes the total."""
+    """mean(d) and mean(d^2) of a row's d = total * scale - center; also writes the total."""
     lanes = tl.arange(0, BLOCK_D)
-    mean = tl.zeros([BLOCK_D], ACC)
-    m2 = tl.zeros([BLOCK_D], ACC)
-    count = tl.zeros([BLOCK_D], ACC)
-    number = scale * 0.0
+    sum_d = tl.zeros([BLOCK_D], ACC)
+    sum_dd = tl.zeros([BLOCK_D], ACC)
     for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         inside = begin + lanes < D
         stored = tl.load(x_start + begin + lanes, mask=inside, other=0.0)
@@ -40,19 +29,25 @@ def _long_moments(
             addend = tl.load(residual_start + begin + lanes, mask=inside, other=0.0)
             stored = (stored.to(ACC) + addend.to(ACC)).to(x_start.dtype.element_ty)
             tl.store(total_start + begin + lanes, stored, mask=inside)
-        values = stored.to(ACC) * scale
+        d = stored.to(ACC) * scale
         if CENTERED:
-            number += 1.0
-            delta = tl.where(inside, values - mean, 0.0)
-            mean += delta * (1.0 / number)
-            m2 += delta * tl.where(inside, values - mean, 0.0)
-            count = tl.where(inside, number, count)
-        else:
-            m2 += values * values
-    if CENTERED:
-        pooled = tl.reduce((count, mean, m2), 0, _pooled)
-        return pooled[1], pooled[2] * (1.0 / D)
-    return number, tl.sum(m2, 0) * (1.0 / D)
+            d = d - center
+            if D % BLOCK_D != 0:
+                d = tl.where(inside, d, 0.0)
+            sum_d += d
+        sum_dd += d * d
+    return tl.sum(sum_d, 0) * (1.0 / D), tl.sum(sum_dd, 0) * (1.0 / D)
+
+
+@triton.jit
+def _first_mean(x_start, residual_start, ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The mean of a row's first BLOCK_D elements, 0 where it is not finite."""
+    lanes = tl.arange(0, BLOCK_D)
+    stored = tl.load(x_start + lanes).to(ACC)
+    if residual_start is not None:
+        stored += tl.load(residual_start + lanes).to(ACC)
+    mean = tl.sum(stored, 0) * (1.0 / BLOCK_D)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
 
 
 @triton.jit(do_not_specialize=["x_inner", "residual_inner"])
@@ -82,7 +77,10 @@ def long_forward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One row per program, BLOCK_D elements at a time, twice."""
+    """One row per program, BLOCK_D elements at a time, twice: the second time from its end, which the cache still has.
+
+    Statistics are sums about the mean of the row's beginning, as `channel_kernels.moments_kernel` takes them.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_start = x_ptr + _start(row, x_inner, x_outer_stride, x_inner_stride, X_TWO_AXES)
     from_start = x_start
@@ -94,25 +92,47 @@ def long_forward_kernel(
         )
         total_start = total_ptr + row * D
         from_start = total_start
-    one = (row * 0).to(ACC) + 1.0
-    scale, inverse = one, one
-    mean, square = _long_moments(x_start, residual_start, total_start, one, CENTERED, ACC, D, BLOCK_D, STAGES)
+    zero = (row * 0).to(ACC)
+    scale, center = zero + 1.0, zero
+    if CENTERED:
+        center = _first_mean(x_start, residual_start, ACC, D, BLOCK_D)
+    mean, square = zero, zero
+    centered = 0
+    again = 1
+    while again == 1:
+        mean, square = _long_means(
+            x_start, residual_start, total_start, scale, center, CENTERED, ACC, D, BLOCK_D, STAGES
+        )
+        again = 0
+        if SCALE != 0.0:
+            if square == float("inf") and scale == 1.0:
+                scale, center = zero + SCALE, zero
+                centered = 0
+                again = 1
+        if CENTERED:
+            if again == 0 and centered == 0 and mean * mean > square - mean * mean:
+                center += mean
+                centered = 1
+                again = 1
+    if CENTERED:
+        square = square - mean * mean
+        square = tl.where(square < 0.0, 0.0, square)
     rstd = _reciprocal_root(square + EPS)
     if SCALE != 0.0:
-        if not (square < float("inf")):
-            scale, inverse = one * SCALE, one * (1.0 / SCALE)
-            mean, square = _long_moments(x_start, residual_start, total_start, scale, CENTERED, ACC, D, BLOCK_D, STAGES)
+        if scale != 1.0:
             rstd = _rescaled_root(square, scale, EPS)
+    inverse = 1.0 / scale  # exact: a power of two
     factor = rstd * inverse
     lanes = tl.arange(0, BLOCK_D)
     if residual_ptr is not None:
         tl.debug_barrier()  # the total is read back by other threads than wrote it
-    for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        cols = begin + lanes
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    for number in tl.range(0, BLOCKS, num_stages=STAGES):
+        cols = (BLOCKS - 1 - number) * BLOCK_D + lanes
         inside = cols < D
         out = tl.load(from_start + cols, mask=inside, other=0.0).to(ACC) * scale
         if CENTERED:
-            out = out - mean
+            out = (out - center) - mean  # one by one: their sum would be rounded
         out = out * factor
         if weight_ptr is not None:
             out = out * _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
@@ -121,7 +141,7 @@ def long_forward_kernel(
         tl.store(out_ptr + row * D + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(rstd_ptr + row, rstd)
     if CENTERED:
-        tl.store(mean_ptr + row, mean * inverse)
+        tl.store(mean_ptr + row, (center + mean) * inverse)
 
 
 @triton.jit(do_not_specialize=["dout_inner", "dtotal_inner", "total_inner"])
@@ -152,7 +172,7 @@ def long_dx_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of one row per program, BLOCK_D elements at a time, twice."""
+    """dx of one row per program, BLOCK_D elements at a time, twice: the second time from its end."""
     row = tl.program_id(0).to(tl.int64)
     dout_start = dout_ptr + _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
     total_start = total_ptr + _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
@@ -173,8 +193,9 @@ def long_dx_kernel(
         sum_g_xhat += g * (tl.load(total_start + cols, mask=inside, other=0.0).to(ACC) - mean) * rstd
     mean_g = tl.sum(sum_g, 0) * (1.0 / D)
     mean_g_xhat = tl.sum(sum_g_xhat, 0) * (1.0 / D)
-    for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        cols = begin + lanes
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    for number in tl.range(0, BLOCKS, num_stages=STAGES):
+        cols = (BLOCKS - 1 - number) * BLOCK_D + lanes
         inside = cols < D
         g = tl.load(dout_start + cols, mask=inside, other=0.0).to(ACC)
         if weight_ptr is not None:

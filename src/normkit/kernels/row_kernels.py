@@ -205,6 +205,14 @@ def forward_kernel(
                        out_ptr, mean_ptr, rstd_ptr, EPS, OFFSET, CENTERED, SCALE, ACC, D, BLOCK_D, ROWS)  # fmt: skip
 
 
+@triton.jit
+def _xhat(total_at, valid, mean, rstd, CENTERED: tl.constexpr, ACC: tl.constexpr):
+    xhat = tl.load(total_at, mask=valid, other=0.0).to(ACC)
+    if CENTERED:
+        xhat = xhat - mean
+    return xhat * rstd
+
+
 @triton.jit(do_not_specialize=["rows", "dout_inner", "dtotal_inner", "total_inner"])
 def backward_kernel(
     dout_ptr,
@@ -237,8 +245,13 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """The tiles of ROWS rows whose number is the program's, modulo the number of programs."""
+    """The tiles of ROWS rows whose number is the program's, modulo the number of programs.
+
+    AGAIN: a tile is fetched again, out of the nearest cache, when its sums are known, and the weight for every tile:
+    beside the sums of the parameters' gradients the registers would not hold them.
+    """
     INVERSE: tl.constexpr = 1.0 / D
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -246,7 +259,8 @@ def backward_kernel(
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = cols < D
     if weight_ptr is not None:
-        gain = _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
+        if not AGAIN:
+            gain = _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
     dweight = tl.zeros([ROWS, BLOCK_D], ACC)
     dbias = tl.zeros([ROWS, BLOCK_D], ACC)
     # a row's statistics are fetched one tile ahead: the loads that the compiler pipelines are those of whole tiles
@@ -264,24 +278,33 @@ def backward_kernel(
         if CENTERED:
             next_mean = tl.load(mean_ptr + ahead, mask=ahead < rows, other=0.0)
         start = _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
-        xhat = tl.load(total_ptr + start[:, None] + cols, mask=valid, other=0.0).to(ACC)
+        total_at = total_ptr + start[:, None] + cols
+        xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC)
         start = _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
-        g = tl.load(dout_ptr + start[:, None] + cols, mask=valid, other=0.0).to(ACC)
-        if CENTERED:
-            xhat = xhat - mean
-        xhat = xhat * rstd
+        dout_at = dout_ptr + start[:, None] + cols
+        g = tl.load(dout_at, mask=valid, other=0.0).to(ACC)
         if NEEDS_DWEIGHT:
             dweight += g * xhat
         if NEEDS_DBIAS:
             dbias += g
         if dx_ptr is not None:
             if weight_ptr is not None:
+                if AGAIN:
+                    gain = _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
                 g = g * gain
             if CENTERED:
                 sums = tl.reduce((g * xhat, g), 1, _sum_of_two)
-                dx = g - (sums[0] * INVERSE)[:, None] * xhat - (sums[1] * INVERSE)[:, None]
+                mean_g_xhat, mean_g = (sums[0] * INVERSE)[:, None], (sums[1] * INVERSE)[:, None]
             else:
-                dx = g - (tl.sum(g * xhat, 1) * INVERSE)[:, None] * xhat
+                mean_g_xhat = (tl.sum(g * xhat, 1) * INVERSE)[:, None]
+            if AGAIN:
+                xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC)
+                g = tl.load(dout_at, mask=valid, other=0.0).to(ACC)
+                if weight_ptr is not None:
+                    g = g * _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
+            dx = g - mean_g_xhat * xhat
+            if CENTERED:
+                dx = dx - mean_g
             dx = dx * rstd
             if dtotal_ptr is not None:
                 start = _start(row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES)

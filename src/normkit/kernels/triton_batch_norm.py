@@ -1,29 +1,55 @@
 """A whole BatchNorm in Triton: three launches forward, three backward.
 
-Here: `batch_norm_forward`, `batch_norm_with_running`, `batch_norm_backward`. By the primitives alone a dozen operations
+Here: `batch_norm_forward`, `batch_norm_with_running`, `batch_norm_backward`; `commit_running`, for a batch that torch
+normalized. By the primitives alone a dozen operations
 of torch on vectors of C numbers would stand between two passes over x, and take longer than these.
-May import: torch, reference (for the name of a count), launch, the kernels, triton_channels, triton_run.
+May import: torch, reference (for the name of a count), launch, channel_lines, the kernels, triton_channels, triton_run.
 Read next: batch_norm_kernels.py, what happens between the passes.
 """
 
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from normkit.kernels import launch
-from normkit.kernels.batch_norm_kernels import finish_backward_kernel, finish_forward_kernel, stored_kernel
-from normkit.kernels.triton_channels import affine, empty, in_layout, in_lines, partial_moments, partial_sums
-from normkit.kernels.triton_run import ACCUMULATION, run, triton_dtype
+from normkit.kernels.batch_norm_kernels import (
+    commit_kernel,
+    finish_backward_kernel,
+    finish_forward_kernel,
+    stored_kernel,
+)
+from normkit.kernels.channel_lines import empty, in_layout, in_lines
+from normkit.kernels.triton_channels import affine, partial_moments, partial_sums
+from normkit.kernels.triton_run import ACCUMULATION, Launcher, triton_dtype
 from normkit.reference import Count
 
 _BLOCK_C = 128  # channels of the kernels that work on vectors
 
 
 def _optional(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+    return values if values is None or values.is_contiguous() else values.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _forward_launcher(eps: float, guarded: bool, block_p: int, block_c: int) -> Launcher:
+    return Launcher(finish_forward_kernel, (eps, guarded, block_p, block_c), 16)
+
+
+_commit_launcher = Launcher(commit_kernel, (1024,), 4)
+
+
+@lru_cache(maxsize=64)
+def _stored_launcher(eps: float) -> Launcher:
+    return Launcher(stored_kernel, (eps, _BLOCK_C), 4)
+
+
+@lru_cache(maxsize=64)
+def _backward_launcher(dtype: torch.dtype, block_p: int, block_c: int) -> Launcher:
+    return Launcher(finish_backward_kernel, (triton_dtype(dtype), block_p, block_c), 4)
 
 
 def _split_float(value: float) -> tuple[float, float]:
@@ -51,24 +77,37 @@ def batch_norm_forward(
     are not finite in their dtypes; `tracked` and `refused` (0-d, int64) count what moved them and what was kept out.
     """
     x, channels_last = in_lines(x)
-    channels = x.shape[1]
-    partial, _ = partial_moments(x, mask, False)
-    vectors = torch.empty((3, channels), dtype=ACCUMULATION[x.dtype], device=x.device)
-    center, scale, shift = vectors
-    mean, rstd = torch.empty((2, channels), dtype=torch.float64, device=x.device)
-    count: Count = x.shape[0] * x.shape[2]
+    batch, channels, space = x.shape
+    partial = partial_moments(x, channels_last, mask, False)
+    center, scale, shift = torch.empty((3, channels), dtype=ACCUMULATION[x.dtype], device=x.device).unbind()
+    mean, rstd = torch.empty((2, channels), dtype=torch.float64, device=x.device).unbind()
+    count: Count = batch * space
     counted = None
     if mask is not None:
         count = counted = torch.empty((), dtype=torch.int64, device=x.device)
     splits = partial.shape[1]
-    block_p, block_c = launch.merging(splits)
-    pointers = (partial, _optional(weight), _optional(bias), running_mean, running_var, mean, rstd, *vectors)
-    pointers = (*pointers, counted, tracked, refused)
-    numbers = (splits, channels, *_split_float(momentum), float(eps), guarded, block_p, block_c)
-    run(finish_forward_kernel, x, (1,), *pointers, *numbers, num_warps=8)
+    launcher = _forward_launcher(float(eps), guarded, *launch.merging(splits, alone=True))
+    pointers = (
+        partial, _optional(weight), _optional(bias), running_mean, running_var, mean, rstd, center, scale, shift, counted,
+        tracked, refused,
+    )  # fmt: skip
+    launcher.launch(x.get_device(), (1,), pointers, (splits, channels, *_split_float(momentum)))
     out = empty(x, channels_last)
     affine(x, None, mask, (center, scale, shift, None), 0, out, channels_last)
     return out, count, mean, rstd
+
+
+def commit_running(
+    moved_mean: Tensor,
+    moved_var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    refused: Tensor | None,
+) -> None:
+    """The moved statistics (C,) into the running ones if all are finite; counted as `batch_norm_forward` does."""
+    pointers = (moved_mean, moved_var, running_mean, running_var, tracked, refused)
+    _commit_launcher.launch(running_mean.get_device(), (1,), pointers, (running_mean.numel(),))
 
 
 def batch_norm_with_running(
@@ -83,10 +122,10 @@ def batch_norm_with_running(
     """out of x (B, C, S), not empty, with stored statistics, and copies of mean and rstd in the accumulation dtype."""
     x, channels_last = in_lines(x)
     channels = x.shape[1]
-    vectors = torch.empty((5, channels), dtype=ACCUMULATION[x.dtype], device=x.device)
+    vectors = torch.empty((5, channels), dtype=ACCUMULATION[x.dtype], device=x.device).unbind()
     mean, rstd, center, scale, shift = vectors
     pointers = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias), *vectors)
-    run(stored_kernel, x, (-(-channels // _BLOCK_C),), *pointers, channels, float(eps), _BLOCK_C, num_warps=4)
+    _stored_launcher(float(eps)).launch(x.get_device(), (-(-channels // _BLOCK_C),), pointers, (channels,))
     out = empty(x, channels_last)
     affine(x, None, mask, (center, scale, shift, None), 0, out, channels_last)
     return out, mean, rstd
@@ -108,26 +147,27 @@ def batch_norm_backward(
     dout = in_layout(dout, channels_last)
     channels, acc = x.shape[1], ACCUMULATION[x.dtype]
     weight, mean, rstd = _optional(weight), mean.contiguous(), rstd.contiguous()
-    vectors = torch.empty((3, channels), dtype=acc, device=x.device)
-    a, b, c = vectors if count is not None else (vectors[0], None, None)
+    a, b, c = torch.empty((3, channels), dtype=acc, device=x.device).unbind()
     gradients: list[Tensor | None] = [None, None]
     if needs[1]:
         gradients = [torch.empty(channels, dtype=narrow or torch.float64, device=x.device) for _ in range(2)]
     center = mean.to(acc)
     if needs[1] or count is not None:
-        partial, _ = partial_sums(dout, x, center, mask, False, channels_last)
+        partial = partial_sums(dout, x, center, channels_last, mask, False)
     else:
         partial = torch.zeros((2, 1, channels), dtype=torch.float64, device=x.device)
     splits = partial.shape[1]
     block_p, block_c = launch.merging(splits)
     counted = count if isinstance(count, Tensor) else None
-    pointers = (partial, mean, rstd, weight, counted, a, b, c, *gradients)
-    numbers = (splits, channels, 1 if isinstance(count, Tensor) or count is None else count, triton_dtype(x.dtype))
-    grid = (-(-channels // block_c),)
-    run(finish_backward_kernel, x, grid, *pointers, *numbers, block_p, block_c, num_warps=4)
+    fixed = count is None
+    pointers = (
+        partial, mean, rstd, weight, counted, a, None if fixed else b, None if fixed else c, *gradients
+    )  # fmt: skip
+    numbers = (splits, channels, count if isinstance(count, int) else 1)
+    _backward_launcher(x.dtype, block_p, block_c).launch(x.get_device(), (-(-channels // block_c),), pointers, numbers)
     dx = None
     if needs[0]:
         dx = empty(x, channels_last)
-        second = None if b is None else x
-        affine(dout, second, mask, (center, a, b, c), 0, dx, channels_last, backward=True)
+        vectors = (None, a, None, None) if fixed else (center, a, b, c)
+        affine(dout, None if fixed else x, mask, vectors, 0, dx, channels_last, backward=True)
     return dx, gradients[0], gradients[1]

@@ -2,13 +2,13 @@
 
 Here: from tensors to the kernels' arguments. Moments are taken by several programs for each channel and merged by
 Chan's formula in a fixed order, in float64: no atomics, the same bits in every run.
-May import: torch, reference (for the name of a count), launch, the kernels, triton_run.
+May import: torch, reference (for the name of a count), launch, channel_lines, the kernels, triton_run.
 Read next: triton_batch_norm.py, a whole BatchNorm in three launches; channel_kernels.py, the arithmetic.
 """
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,88 +22,19 @@ from normkit.kernels.channel_kernels import (
     moments_kernel,
     sums_kernel,
 )
-from normkit.kernels.launch import ChannelTile
-from normkit.kernels.triton_run import ACCUMULATION, SCALES, multiprocessors, run, triton_dtype
+from normkit.kernels.channel_lines import Shape, Strides, empty, geometry, in_layout, in_lines, in_units, strides
+from normkit.kernels.triton_run import ACCUMULATION, SCALES, Launcher, multiprocessors, triton_dtype
 from normkit.reference import Count
 
 
-class Lines(NamedTuple):
-    """How (B, C, S) tensors of one memory format are gone through."""
+class _Plan(NamedTuple):
+    """What calls with tensors of the same shapes, strides and dtype have in common."""
 
-    batch: int
-    channels: int
-    space: int
-    channels_last: bool
-    folded: bool  # samples follow each other like positions, and are taken for them
-
-
-def in_lines(x: Tensor) -> tuple[Tensor, bool]:
-    """x (B, C, S) with one contiguous axis of the two fast layouts, or its copy; and whether it is channels-last."""
-    _, channels, space = x.shape
-    _, channel_stride, space_stride = x.stride()
-    if space_stride == 1 and space > 1:
-        return x, False
-    if channel_stride == 1 or channels == 1:
-        return x, True
-    return x.contiguous(), space == 1
-
-
-def in_layout(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself if it lies as asked, or else its copy."""
-    if channels_last:
-        return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
-
-
-def empty(like: Tensor, channels_last: bool) -> Tensor:
-    """New dense memory of `like`'s shape and dtype."""
-    batch, channels, space = like.shape
-    strides = (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
-    return torch.empty_strided((batch, channels, space), strides, dtype=like.dtype, device=like.device)
-
-
-def geometry(channels_last: bool, foldable: bool, *tensors: Tensor) -> Lines:
-    """Of tensors of one shape and format; samples are folded into space where all of them allow it."""
-    batch, channels, space = tensors[0].shape
-    if foldable and channels_last:
-        if space == 1:
-            return Lines(1, channels, batch, True, True)
-        if all(x.stride(0) == space * x.stride(2) for x in tensors):
-            return Lines(1, channels, batch * space, True, True)
-    return Lines(batch, channels, space, channels_last, False)
-
-
-def strides(x: Tensor, lines: Lines) -> tuple[int, int, int]:
-    """From sample to sample, channel to channel, position to position."""
-    by_sample, by_channel, by_position = x.stride()
-    if lines.channels == 1:
-        by_channel = 1
-    if lines.folded:
-        return 0, by_channel, by_sample if x.shape[2] == 1 else by_position
-    if lines.channels_last:
-        return by_sample, by_channel, by_position
-    return by_sample, by_channel, 1
-
-
-def _unit(*numbers: int) -> int:
-    """The largest power of two, 16 at most, that divides all of them."""
-    divisor = math.gcd(16, *numbers)
-    return divisor & -divisor
-
-
-class Units(NamedTuple):
-    """Sizes and strides as the kernels take them: in units that divide all of them."""
-
-    space: int
-    steps: tuple[int, ...]  # by sample, channel and position of each tensor
-    sizes: tuple[int, int, int, int]  # of the units of space, and of strides by sample, channel and position
-
-
-def in_units(lines: Lines, *of_tensors: tuple[int, int, int]) -> Units:
-    unit_space = _unit(lines.space)
-    sizes = tuple(_unit(*(steps[axis] for steps in of_tensors)) for axis in range(3))
-    steps = tuple(step // size for each in of_tensors for step, size in zip(each, sizes, strict=True))
-    return Units(lines.space // unit_space, steps, (unit_space, *sizes))  # type: ignore[arg-type]
+    launcher: Launcher
+    device: int
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+    partial: tuple[int, int, int]  # the shape of what reductions write: values, splits, units
 
 
 def packed(mask: Tensor | None) -> Tensor | None:
@@ -120,34 +51,63 @@ def counted(x: Tensor, mask: Tensor | None, per_sample: bool) -> Count:
     return mask.sum(1, keepdim=True) if per_sample else mask.sum()
 
 
-def partial_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Tensor, int]:
-    """count, mean and m2 (3, splits, units) of each program's share of x, and the number of units."""
-    x, channels_last = in_lines(x)
-    lines = geometry(channels_last, not per_sample, x)
-    tile = launch.channels(lines.channels, lines.space, channels_last, x.element_size())
-    splits = _splits(lines, tile, per_sample, x)
-    units = lines.channels * (lines.batch if per_sample else 1)
-    partial = torch.empty((3, splits, units), dtype=torch.float64, device=x.device)
-    taken = in_units(lines, strides(x, lines))
-    grid = (-(-lines.channels // tile.block_c), splits, lines.batch if per_sample else 1)
-    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
-    constants = (
-        per_sample,
-        SCALES[x.dtype],
-        triton_dtype(x.dtype),
-        *taken.sizes,
-        tile.block_c,
-        tile.block_s,
-        tile.stages,
-    )
-    run(moments_kernel, x, grid, x, packed(mask), partial, *numbers, *constants, num_warps=tile.warps)
-    return partial, units
-
-
-def _splits(lines: Lines, tile: ChannelTile, per_sample: bool, x: Tensor) -> int:
-    grid = -(-lines.channels // tile.block_c) * (lines.batch if per_sample else 1)
+@lru_cache(maxsize=1024)
+def _reduction_plan(
+    kernel: Any,
+    shape: Shape,
+    of_strides: tuple[Strides, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    per_sample: bool,
+    device: int,
+) -> _Plan:
+    """Of moments (3 values) of one tensor, or of both sums (2) of two."""
+    lines = geometry(shape, of_strides, channels_last, not per_sample)
+    tile = launch.channels(lines.channels, lines.space, channels_last, dtype.itemsize)
+    samples = lines.batch if per_sample else 1
+    blocks_c = -(-lines.channels // tile.block_c)
     blocks = -(-lines.space // tile.block_s) * (1 if per_sample else lines.batch)
-    return launch.splits(grid, blocks, multiprocessors(x))
+    splits = launch.splits(blocks_c * samples, blocks, multiprocessors(device))
+    units = lines.channels * samples
+    taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
+    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
+    scale = (SCALES[dtype],) if kernel is moments_kernel else ()
+    constants = (per_sample, *scale, triton_dtype(dtype), *taken.sizes, tile.block_c, tile.block_s, tile.stages)
+    launcher = Launcher(kernel, constants, tile.warps)
+    values = 3 if kernel is moments_kernel else 2
+    return _Plan(launcher, device, (blocks_c, splits, samples), numbers, (values, splits, units))
+
+
+def partial_moments(x: Tensor, channels_last: bool, mask: Tensor | None, per_sample: bool) -> Tensor:
+    """count, mean and m2 (3, splits, units) of each program's share of x, which lies as `channels_last` says."""
+    of = (x.shape, (x.stride(),), x.dtype, channels_last, per_sample, x.get_device())
+    plan = _reduction_plan(moments_kernel, *of)
+    partial = torch.empty(plan.partial, dtype=torch.float64, device=x.device)
+    plan.launcher.launch(plan.device, plan.grid, (x, packed(mask), partial), plan.numbers)
+    return partial
+
+
+def partial_sums(
+    dout: Tensor, x: Tensor, center: Tensor, channels_last: bool, mask: Tensor | None, per_sample: bool
+) -> Tensor:
+    """Sums of dout and of dout * (x - center) (2, splits, units) of each program's share."""
+    of = (x.shape, (dout.stride(), x.stride()), x.dtype, channels_last, per_sample, x.get_device())
+    plan = _reduction_plan(backward_moments_kernel, *of)
+    partial = torch.empty(plan.partial, dtype=torch.float64, device=x.device)
+    plan.launcher.launch(plan.device, plan.grid, (dout, x, packed(mask), center, partial), plan.numbers)
+    return partial
+
+
+@lru_cache(maxsize=64)
+def _merge_launcher(kernel: Any, block_p: int, block_u: int) -> Launcher:
+    return Launcher(kernel, (block_p, block_u), 4)
+
+
+def _merge(kernel: Any, partial: Tensor, first: Tensor, second: Tensor) -> None:
+    _, splits, units = partial.shape
+    block_p, block_u = launch.merging(splits)
+    launcher = _merge_launcher(kernel, block_p, block_u)
+    launcher.launch(partial.get_device(), (-(-units // block_u),), (partial, first, second), (splits, units))
 
 
 def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Count, Tensor, Tensor]:
@@ -160,15 +120,8 @@ def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[
         return count, zeros, torch.zeros_like(zeros)
     mean = torch.empty(size, dtype=torch.float64, device=x.device)
     m2 = torch.empty_like(mean)
-    partial, units = partial_moments(x, mask, per_sample)
-    _merge(merge_kernel, partial, mean, m2, units)
+    _merge(merge_kernel, partial_moments(*in_lines(x), mask, per_sample), mean, m2)
     return count, mean, m2
-
-
-def _merge(kernel: Any, partial: Tensor, first: Tensor, second: Tensor, units: int) -> None:
-    splits = partial.shape[1]
-    block_p, block_u = launch.merging(splits)
-    run(kernel, partial, (-(-units // block_u),), partial, first, second, splits, units, block_p, block_u, num_warps=4)
 
 
 def _vectors(dtype: torch.dtype, *vectors: Tensor | None) -> tuple[list[Tensor | None], int]:
@@ -193,6 +146,25 @@ def channels_affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, mas
     return out
 
 
+@lru_cache(maxsize=1024)
+def _affine_plan(
+    shape: Shape,
+    of_strides: tuple[Strides, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    vector_stride: int,
+    backward: bool,
+    device: int,
+) -> _Plan:
+    lines = geometry(shape, of_strides, channels_last, vector_stride == 0)
+    tile = launch.channels(lines.channels, lines.space, channels_last, dtype.itemsize)
+    taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
+    blocks = -(-lines.channels // tile.block_c) * -(-lines.space // tile.block_s)
+    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, vector_stride)
+    constants = (backward, channels_last, triton_dtype(dtype), *taken.sizes, tile.block_c, tile.block_s)
+    return _Plan(Launcher(affine_kernel, constants, tile.warps), device, (lines.batch * blocks,), numbers, (0, 0, 0))
+
+
 def affine(
     x: Tensor,
     x2: Tensor | None,
@@ -204,33 +176,9 @@ def affine(
     backward: bool = False,
 ) -> None:
     """One launch of the affine kernel; x and x2 lie as `channels_last` says."""
-    second = x if x2 is None else x2
-    lines = geometry(channels_last, vector_stride == 0, x, second, out)
-    tile = launch.channels(lines.channels, lines.space, channels_last, x.element_size())
-    taken = in_units(lines, strides(x, lines), strides(second, lines), strides(out, lines))
-    blocks = -(-lines.channels // tile.block_c) * -(-lines.space // tile.block_s)
-    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, vector_stride)
-    constants = (backward, channels_last, triton_dtype(x.dtype), *taken.sizes, tile.block_c, tile.block_s)
-    pointers = (x, x2, packed(mask), *vectors, out)
-    run(affine_kernel, x, (lines.batch * blocks,), *pointers, *numbers, *constants, num_warps=tile.warps)
-
-
-def partial_sums(
-    dout: Tensor, x: Tensor, center: Tensor, mask: Tensor | None, per_sample: bool, channels_last: bool
-) -> tuple[Tensor, int]:
-    """Both sums (2, splits, units) of each program's share, and the number of units."""
-    lines = geometry(channels_last, not per_sample, dout, x)
-    tile = launch.channels(lines.channels, lines.space, channels_last, x.element_size())
-    splits = _splits(lines, tile, per_sample, x)
-    units = lines.channels * (lines.batch if per_sample else 1)
-    partial = torch.empty((2, splits, units), dtype=torch.float64, device=x.device)
-    taken = in_units(lines, strides(dout, lines), strides(x, lines))
-    grid = (-(-lines.channels // tile.block_c), splits, lines.batch if per_sample else 1)
-    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
-    constants = (per_sample, triton_dtype(x.dtype), *taken.sizes, tile.block_c, tile.block_s, tile.stages)
-    pointers = (dout, x, packed(mask), center, partial)
-    run(backward_moments_kernel, x, grid, *pointers, *numbers, *constants, num_warps=tile.warps)
-    return partial, units
+    of_strides = (x.stride(), (x if x2 is None else x2).stride(), out.stride())
+    plan = _affine_plan(x.shape, of_strides, x.dtype, channels_last, vector_stride, backward, x.get_device())
+    plan.launcher.launch(plan.device, plan.grid, (x, x2, packed(mask), *vectors, out), plan.numbers)
 
 
 def channels_backward_moments(
@@ -244,8 +192,8 @@ def channels_backward_moments(
     sum_d_deviation = torch.zeros_like(sum_d)
     if x.numel() > 0:
         center = center.to(ACCUMULATION[x.dtype]).contiguous()
-        partial, units = partial_sums(in_layout(dout, channels_last), x, center, mask, per_sample, channels_last)
-        _merge(sums_kernel, partial, sum_d, sum_d_deviation, units)
+        partial = partial_sums(in_layout(dout, channels_last), x, center, channels_last, mask, per_sample)
+        _merge(sums_kernel, partial, sum_d, sum_d_deviation)
     return sum_d, sum_d_deviation
 
 

@@ -5,7 +5,12 @@ May import: the modules that hold them.
 Read next: triton_rows.py.
 """
 
-from normkit.kernels.triton_batch_norm import batch_norm_backward, batch_norm_forward, batch_norm_with_running
+from normkit.kernels.triton_batch_norm import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_with_running,
+    commit_running,
+)
 from normkit.kernels.triton_channels import (
     channels_affine,
     channels_backward_affine,
@@ -22,6 +27,7 @@ __all__ = [
     "channels_backward_affine",
     "channels_backward_moments",
     "channels_moments",
+    "commit_running",
     "rows_backward",
     "rows_forward",
 ]

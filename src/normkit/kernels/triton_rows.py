@@ -9,8 +9,8 @@ Read next: launch.py, who chooses tiles and grids; row_kernels.py, the arithmeti
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from normkit.kernels.cpu import _empty_rows, _in_rows
 from normkit.kernels.launch import RowTile
 from normkit.kernels.long_row_kernels import long_dx_kernel, long_forward_kernel, long_parameters_kernel
 from normkit.kernels.row_kernels import backward_kernel, forward_kernel, sum_kernel
-from normkit.kernels.triton_run import ACCUMULATION, SCALES, multiprocessors, run, triton_dtype
+from normkit.kernels.triton_run import ACCUMULATION, SCALES, Launcher, multiprocessors, shared_bytes, triton_dtype
 
 _Axes = tuple[int, int, int]  # inner, outer stride, inner stride; see kernels.cpu._in_rows
 _ABSENT = (1, 0, 0)
@@ -29,8 +29,10 @@ _ABSENT = (1, 0, 0)
 
 def _strided(x: Tensor) -> tuple[Tensor, _Axes, bool]:
     """x read in place as rows with up to two outer strides, or its copy; and whether there are two."""
+    if x.is_contiguous():
+        return x, (1, 0, x.shape[-1]), False
     x, (_, inner, outer_stride, inner_stride) = _in_rows(x)
-    two = outer_stride != 0 and x.numel() > inner * x.shape[-1]
+    two = x.numel() > inner * x.shape[-1]
     return x, (inner if two else 1, outer_stride if two else 0, inner_stride), two
 
 
@@ -42,12 +44,31 @@ def _parameter(values: Tensor | None) -> Tensor | None:
     return values if values is None or values.is_contiguous() else values.contiguous()
 
 
-@cache
-def _forward_plan(size: int, dtype: torch.dtype, centered: bool, eps: float, weight_offset: float) -> tuple[RowTile, Any]:
-    """The tile, and the constants of a kernel."""
+class _Plan(NamedTuple):
+    """What calls with rows of one size and dtype have in common."""
+
+    tile: RowTile
+    launcher: Launcher
+    device: int
+    multiprocessors: int
+
+    def programs(self, rows: int) -> int:
+        return launch.programs(-(-rows // self.tile.rows), self.multiprocessors, self.tile)
+
+
+@lru_cache(maxsize=1024)
+def _forward_plan(
+    size: int, dtype: torch.dtype, centered: bool, eps: float, weight_offset: float, added: bool, two: Any, device: int
+) -> _Plan:
+    """`two`: whether x, and whether residual, have two outer strides."""
     tile = launch.rows_forward(size, dtype.itemsize, centered)
-    numbers = (eps, weight_offset, centered, SCALES[dtype], triton_dtype(dtype), size)
-    return tile, (*numbers, *((tile.block, tile.stages) if tile.block < size else (tile.block, tile.rows, tile.stages)))
+    numbers = (*two, eps, weight_offset, centered, SCALES[dtype], triton_dtype(dtype), size)
+    if tile.block < size:
+        launcher = Launcher(long_forward_kernel, (*numbers, tile.block, tile.stages), tile.warps)
+    else:
+        tile = launch.fitting(tile, 2 if added else 1, dtype.itemsize, shared_bytes(device))
+        launcher = Launcher(forward_kernel, (*numbers, tile.block, tile.rows, tile.stages), tile.warps)
+    return _Plan(tile, launcher, device, multiprocessors(device))
 
 
 def rows_forward(
@@ -62,23 +83,70 @@ def rows_forward(
     """`reference.rows_forward`; mean and rstd in the accumulation dtype."""
     if x.numel() == 0:
         return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)
-    dtype, shape, size = x.dtype, x.shape, x.shape[-1]
+    dtype, shape = x.dtype, x.shape
     x, x_axes, x_two = _strided(x)
     residual, residual_axes, residual_two = _optional(residual)
     out = _empty_rows(x)
-    total = x if residual is None else torch.empty_like(out)
+    total = None if residual is None else torch.empty_like(out)
     rstd = x.new_empty(shape[:-1], dtype=ACCUMULATION[dtype])
     mean = torch.empty_like(rstd) if centered else None
     rows = rstd.numel()
-    tensors = (x, residual, _parameter(weight), _parameter(bias), out, None if residual is None else total, mean, rstd)
-    axes = (*x_axes, *residual_axes, x_two, residual_two)
-    tile, constants = _forward_plan(size, dtype, centered, float(eps), float(weight_offset))
-    if tile.block < size:
-        run(long_forward_kernel, x, (rows,), *tensors, *axes, *constants, num_warps=tile.warps)
+    plan = _forward_plan(
+        shape[-1], dtype, centered, float(eps), float(weight_offset), total is not None, (x_two, residual_two),
+        x.get_device(),
+    )  # fmt: skip
+    pointers = (x, residual, _parameter(weight), _parameter(bias), out, total, mean, rstd)
+    if plan.tile.block < shape[-1]:
+        plan.launcher.launch(plan.device, (rows,), pointers, x_axes + residual_axes)
     else:
-        grid = (launch.programs(-(-rows // tile.rows), multiprocessors(x), tile),)
-        run(forward_kernel, x, grid, *tensors, rows, *axes, *constants, num_warps=tile.warps)
-    return out, total, mean, rstd
+        plan.launcher.launch(plan.device, (plan.programs(rows),), pointers, (rows, *x_axes, *residual_axes))
+    return out, x if total is None else total, mean, rstd
+
+
+class _Backward(NamedTuple):
+    """The kinds of a backward: which inputs there are and which gradients are needed."""
+
+    size: int
+    dtype: torch.dtype
+    weight_offset: float
+    centered: bool
+    added: bool
+    needs: tuple[bool, bool, bool]
+    two: tuple[bool, bool, bool]  # whether dout, dtotal and total have two outer strides
+    device: int
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        return self.centered, *self.needs[1:], triton_dtype(self.dtype), self.size
+
+
+@lru_cache(maxsize=1024)
+def _backward_plan(of: _Backward) -> _Plan:
+    """Of rows that stay on chip, all gradients in one launch; or of dx alone for longer ones."""
+    tile = launch.rows_backward(of.size, of.dtype.itemsize, of.centered)
+    if tile.block < of.size:
+        constants = (*of.two, of.weight_offset, of.centered, triton_dtype(of.dtype), of.size, tile.block, tile.stages)
+        launcher = Launcher(long_dx_kernel, constants, tile.warps)
+    else:
+        tile = launch.fitting(tile, 3 if of.added else 2, of.dtype.itemsize, shared_bytes(of.device))
+        constants = (*of.two, of.weight_offset, *of.constants, tile.block, tile.rows, tile.stages, tile.again)
+        launcher = Launcher(backward_kernel, constants, tile.warps)
+    return _Plan(tile, launcher, of.device, multiprocessors(of.device))
+
+
+@lru_cache(maxsize=1024)
+def _parameters_plan(of: _Backward) -> _Plan:
+    """Of the parameters' gradients of long rows."""
+    count = multiprocessors(of.device)
+    share = launch.long_parameters(of.size, count)
+    constants = (of.two[0], of.two[2], *of.constants, share.block, share.stages)
+    return _Plan(share, Launcher(long_parameters_kernel, constants, share.warps), of.device, count)
+
+
+@lru_cache(maxsize=1024)
+def _sum_plan(size: int, device: int) -> _Plan:
+    tile = launch.partial_sums(size)
+    return _Plan(tile, Launcher(sum_kernel, (size, tile.block, tile.rows), tile.warps), device, 0)
 
 
 def rows_backward(
@@ -104,46 +172,36 @@ def rows_backward(
     total, total_axes, total_two = _strided(total)
     dout, dout_axes, dout_two = _strided(dout)
     dtotal, dtotal_axes, dtotal_two = _optional(dtotal if needs[0] else None)
-    if rstd.dtype != ACCUMULATION[dtype] or not rstd.is_contiguous():  # saved_tensors_hooks may have changed them
-        rstd = rstd.to(ACCUMULATION[dtype]).contiguous()
-    if mean is not None and (mean.dtype != rstd.dtype or not mean.is_contiguous()):
-        mean = mean.to(rstd.dtype).contiguous()
+    acc = ACCUMULATION[dtype]
+    if rstd.dtype != acc or not rstd.is_contiguous():  # saved_tensors_hooks may have changed them
+        rstd = rstd.to(acc).contiguous()
+    if mean is not None and (mean.dtype != acc or not mean.is_contiguous()):
+        mean = mean.to(acc).contiguous()
     weight = _parameter(weight)
     dx = _empty_rows(total) if needs[0] else None
-    gradients = [rstd.new_empty(size, dtype=narrow or rstd.dtype) if need else None for need in needs[1:]]
-    rows, parameters = rstd.numel(), needs[1] or needs[2]
-    tile = launch.rows_backward(size, dtype.itemsize, mean is not None)
-    axes = (*dout_axes, *dtotal_axes, *total_axes, dout_two, dtotal_two, total_two)
-    acc, centered = triton_dtype(dtype), mean is not None
-    statistics = (mean, rstd)
-    if tile.block < size:
-        if dx is not None:
-            tensors = (dout, dtotal, total, *statistics, weight, dx)
-            numbers = (float(weight_offset), centered, acc, size, tile.block, tile.stages)
-            run(long_dx_kernel, total, (rows,), *tensors, *axes, *numbers, num_warps=tile.warps)
-        if parameters:
-            share = launch.long_parameters(size, dtype.itemsize, rows, multiprocessors(total))
-            partial = rstd.new_empty((2, share.programs, size))
-            axes = (*dout_axes, *total_axes, dout_two, total_two)
-            numbers = (centered, *needs[1:], acc, size, share.block, share.stages)
-            grid = (-(-size // share.block), share.programs)
-            tensors = (dout, total, *statistics, partial)
-            run(long_parameters_kernel, total, grid, *tensors, rows, *axes, *numbers, num_warps=share.warps)
-            _add(partial, gradients)
+    gradients = [rstd.new_empty(size, dtype=narrow or acc) if need else None for need in needs[1:]]
+    rows, device = rstd.numel(), total.get_device()
+    two = (dout_two, dtotal_two, total_two)
+    of = _Backward(size, dtype, float(weight_offset), mean is not None, dtotal is not None, needs, two, device)
+    plan = _backward_plan(of)
+    axes = (*dout_axes, *dtotal_axes, *total_axes)
+    partial = None
+    if plan.tile.block >= size:
+        programs = plan.programs(rows)
+        partial = rstd.new_empty((2, programs, size)) if needs[1] or needs[2] else None
+        pointers = (dout, dtotal, total, mean, rstd, weight, dx, partial)
+        plan.launcher.launch(device, (programs,), pointers, (rows, *axes))
     else:
-        programs = launch.programs(-(-rows // tile.rows), multiprocessors(total), tile)
-        partial = rstd.new_empty((2, programs, size)) if parameters else None
-        tensors = (dout, dtotal, total, *statistics, weight, dx, partial)
-        numbers = (float(weight_offset), centered, *needs[1:], acc, size, tile.block, tile.rows, tile.stages)
-        run(backward_kernel, total, (programs,), *tensors, rows, *axes, *numbers, num_warps=tile.warps)
-        if partial is not None:
-            _add(partial, gradients)
+        if dx is not None:
+            plan.launcher.launch(device, (rows,), (dout, dtotal, total, mean, rstd, weight, dx), axes)
+        if needs[1] or needs[2]:
+            plan = _parameters_plan(of)
+            programs = min(rows, plan.tile.programs)
+            partial = rstd.new_empty((2, programs, size))
+            grid = (-(-size // plan.tile.block), programs)
+            plan.launcher.launch(device, grid, (dout, total, mean, rstd, partial), (rows, *dout_axes, *total_axes))
+    if partial is not None:
+        plan = _sum_plan(size, device)
+        grid = (-(-size // plan.tile.block), 2 if needs[2] else 1)
+        plan.launcher.launch(device, grid, (partial, *gradients), (programs,))
     return dx, gradients[0], gradients[1]
-
-
-def _add(partial: Tensor, gradients: list[Any]) -> None:
-    """The programs' sums (2, programs, D) into dweight and dbias."""
-    _, programs, size = partial.shape
-    tile: RowTile = launch.partial_sums(size)
-    grid = (-(-size // tile.block), 1 if gradients[1] is None else 2)
-    run(sum_kernel, partial, grid, partial, *gradients, programs, size, tile.block, tile.rows, num_warps=tile.warps)

@@ -1,6 +1,6 @@
 """What every Triton kernel needs around it: a launch on the tensors' device, and what the device is.
 
-Here: `run`, `multiprocessors`, `triton_dtype`.
+Here: `Launcher`, `multiprocessors`, `shared_bytes`, `triton_dtype`.
 May import: torch, triton.
 Read next: triton_rows.py and triton_channels.py, which launch.
 """
@@ -26,13 +26,20 @@ ACCUMULATION = {
 # then under 2^54, whose square can be summed 2^20 times, and what underflows does not matter beside it. float16 ends at
 # 65504, whose square is no matter for float32.
 SCALES = {torch.float32: 2.0**-74, torch.bfloat16: 2.0**-74, torch.float64: 2.0**-600, torch.float16: 0.0}
-_INTERPRETED_MULTIPROCESSORS = 3  # few and odd: programs with several tiles and programs with none
 
 # Triton reads the variable where a kernel is decorated: its interpreter runs kernels on CPU tensors, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED_MULTIPROCESSORS = 3  # few and odd: programs with several tiles and programs with none
+
+# Of a block, in bytes: CUDA C++ programming guide, technical specifications per compute capability. Others have the
+# smallest of them.
+_SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
+_LEAST_SHARED_BYTES = 99 * 1024
 
 # Compiled kernels take the arguments of their function, constexpr ones among them, in the versions from here on.
 _REUSES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+_enter: Any = triton.knobs.runtime.launch_enter_hook if _REUSES else None
+_leave: Any = triton.knobs.runtime.launch_exit_hook if _REUSES else None
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
@@ -40,9 +47,9 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of x's device."""
-    return _multiprocessors(x.device.index) if x.is_cuda else _INTERPRETED_MULTIPROCESSORS
+def multiprocessors(device: int) -> int:
+    """Of the device with that number; -1 is the CPU of the interpreter."""
+    return _INTERPRETED_MULTIPROCESSORS if device < 0 else _multiprocessors(device)
 
 
 @cache
@@ -51,57 +58,75 @@ def _multiprocessors(device: int) -> int:
     return count
 
 
-def run(kernel: Any, x: Tensor, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 1) -> None:
-    """Launches on x's device and its current stream. A kernel's constexpr parameters come last."""
-    if INTERPRETED:
-        kernel[grid](*arguments)
-    elif x.device.index == torch.cuda.current_device():
-        _launch(kernel, x.device.index, grid, arguments, num_warps, num_stages)
-    else:
-        with torch.cuda.device(x.device):
-            _launch(kernel, x.device.index, grid, arguments, num_warps, num_stages)
+@cache
+def shared_bytes(device: int) -> int:
+    """How much shared memory a program may have on the device."""
+    if device < 0:
+        return _LEAST_SHARED_BYTES
+    return _SHARED_BYTES.get(torch.cuda.get_device_capability(device), _LEAST_SHARED_BYTES)
 
 
-_compiled: dict[Any, Any] = {}
-_run_time_parameters: dict[Any, int] = {}
-_hooks: tuple[Any, ...] = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook) if _REUSES else ()
+class Launcher:
+    """A kernel with its constants, and what triton compiled for the arguments it had so far.
 
-
-def _launch(
-    kernel: Any, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], num_warps: int, num_stages: int
-) -> None:
-    """`kernel[grid](*arguments)`, by what triton compiled at the first call with such arguments.
-
-    Triton's own way to find that took 30 us of a call on the host where torch's whole layer_norm took 10.
+    Triton's own way from arguments to the compiled kernel took 30 us of a call on the host where torch's whole
+    layer_norm took 10. Which arguments share one: triton specializes on dtypes, on addresses that 16 divides, and of
+    integers on 1, multiples of 16 and 64 bits.
     """
-    function = kernel.fn  # the kernel itself takes a microsecond to hash
-    number = _run_time_parameters.get(function)
-    if number is None:
-        number = _run_time_parameters[function] = sum(not parameter.is_constexpr for parameter in kernel.params)
-    key: list[Any] = [function, device, num_warps, num_stages, arguments[number:]]
-    values = list(arguments)
-    for i in range(number):
-        argument = values[i]
-        if argument is None:
-            key.append(None)
-        elif argument.__class__ is int:
-            # what triton specializes on: 1, multiples of 16, and numbers of 64 bits
-            key.append((argument == 1) + 2 * (argument & 15 == 0) + 4 * (argument > 0x7FFFFFFF))
-        elif argument.__class__ is float:
-            key.append(float)
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], num_warps: int, num_stages: int = 1) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._compiled: dict[Any, Any] = {}
+        self._kinds: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+    def launch(
+        self, device: int, grid: tuple[int, ...], pointers: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
+    ) -> None:
+        """On the device's current stream. A kernel's parameters are pointers, then numbers, then constants."""
+        if INTERPRETED:
+            self.kernel[grid](*pointers, *numbers, *self.constants)
+        elif device == torch._C._cuda_getDevice():
+            self._launch(device, grid, pointers, numbers)
         else:
-            address = values[i] = argument.data_ptr()
-            key.append(argument.dtype)
-            key.append(address & 15 == 0)
-    known = tuple(key)
-    compiled = _compiled.get(known)
-    if compiled is None:
-        compiled = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-        if _REUSES:
-            _compiled[known] = compiled
-    elif any(hook.calls for hook in _hooks):  # a profiler wants to see the launch
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-    else:
-        x, y, z = (*grid, 1, 1)[:3]
+            with torch.cuda.device(device):
+                self._launch(device, grid, pointers, numbers)
+
+    def _launch(
+        self, device: int, grid: tuple[int, ...], pointers: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
+    ) -> None:
+        addresses: list[int | None] = []
+        dtypes: list[Any] = [device]
+        bits = 0
+        for pointer in pointers:
+            if pointer is None:
+                addresses.append(None)
+                dtypes.append(None)
+            else:
+                address = pointer.data_ptr()
+                addresses.append(address)
+                dtypes.append(pointer.dtype)
+                bits |= address
+        if bits & 15:
+            dtypes.append(tuple([address is not None and address & 15 == 0 for address in addresses]))
+        key = (self._kinds.get(numbers) or self._kinds_of(numbers), *dtypes)
+        compiled = self._compiled.get(key)
+        if compiled is None or _enter.calls or _leave.calls:  # a profiler wants to see the launch
+            compiled = self.kernel[grid](*pointers, *numbers, *self.constants, **self.options)
+            if _REUSES:
+                self._compiled[key] = compiled
+            return
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+        function, packed = compiled.function, compiled.packed_metadata
+        compiled.run(x, y, z, stream, function, packed, None, None, None, *addresses, *numbers, *self.constants)
+
+    def _kinds_of(self, numbers: tuple[Any, ...]) -> tuple[int, ...]:
+        """What triton looks at: an integer's value 1, whether 16 divides it, whether it has 64 bits."""
+        kinds = tuple(
+            [-1 if type(n) is float else (n == 1) + 2 * (n & 15 == 0) + 4 * (n > 0x7FFFFFFF) for n in numbers]
+        )
+        if len(self._kinds) > 4096:  # as many sizes as that are not seen again
+            self._kinds.clear()
+        self._kinds[numbers] = kinds
+        return kinds

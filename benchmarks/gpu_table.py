@@ -1,0 +1,206 @@
+"""Tables and goals of the GPU benchmark: results/gpu.json -> results/gpu.md.
+
+    python benchmarks/gpu_table.py [FILE]
+
+Here: `goals`, `markdown`, `write`. No torch at import.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+from gpu_cells import Cell
+from results import time_us
+
+Record = dict[str, Any]
+PEERS = ("torch", "compile", "liger")
+
+
+def cell_of(record: Record) -> Cell:
+    names = ("norm", "dtype", "task", "gamma", "layout", "kind")
+    return Cell(**{name: record[name] for name in names}, shape=tuple(record["shape"]))
+
+
+def fraction(record: Record) -> float | None:
+    """Of the rate of a copy in the same cell: the bytes that must move at that rate, over the time it took."""
+    ours, copy = time_us(record, "normkit"), time_us(record, "copy")
+    if ours is None or copy is None:
+        return None
+    floor = copy * record["bytes"] / (2 * cell_of(record).x_bytes)
+    return floor / ours
+
+
+def speedup(record: Record, peers: Iterable[str] = PEERS) -> float | None:
+    """The fastest peer's time over ours."""
+    ours = time_us(record, "normkit")
+    times = [time for name in peers if (time := time_us(record, name)) is not None]
+    return min(times) / ours if ours and times else None
+
+
+@dataclass(frozen=True)
+class Goal:
+    name: str
+    applies: Callable[[Cell], bool]
+    figure: Callable[[Record], float | None]
+    least: float
+
+
+def _plain(cell: Cell) -> bool:
+    return cell.kind == "large" and cell.norm in ("layer_norm", "rms_norm")
+
+
+GOALS = (
+    Goal(
+        "forward >= 0.90 of the copy rate, D from 1024 to 16384",
+        lambda cell: _plain(cell) and cell.task == "forward" and 1024 <= cell.shape[-1] <= 16384,
+        fraction,
+        0.90,
+    ),
+    Goal(
+        "forward >= 0.80 of the copy rate at D = 256 and 65536",
+        lambda cell: _plain(cell) and cell.task == "forward" and cell.shape[-1] in (256, 65536),
+        fraction,
+        0.80,
+    ),
+    Goal(
+        "rows backward >= 0.85 of the copy rate",
+        lambda cell: _plain(cell) and cell.task == "backward",
+        fraction,
+        0.85,
+    ),
+    Goal(
+        "fused add forward+backward >= 1.3 x the fastest peer",
+        lambda cell: cell.kind == "large" and cell.added and cell.task == "forward+backward",
+        speedup,
+        1.3,
+    ),
+    Goal(
+        "BatchNorm training forward+backward >= 1.3 x torch",
+        lambda cell: cell.kind == "large" and cell.norm == "batch_norm" and cell.task == "forward+backward",
+        speedup,
+        1.3,
+    ),
+    Goal(
+        "small calls not slower than torch eager (0.95: noise)",
+        lambda cell: cell.kind == "small",
+        lambda record: speedup(record, ("torch",)),
+        0.95,
+    ),
+)
+
+
+def measured(result: Record, goal: Goal) -> list[tuple[str, float]]:
+    """Label and figure of each cell of a goal that was measured."""
+    found = []
+    for record in result["cells"]:
+        cell = cell_of(record)
+        if "time_us" in record and goal.applies(cell) and (figure := goal.figure(record)) is not None:
+            found.append((cell.label, figure))
+    return found
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _microseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    columns = list(columns)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def goal_lines(result: Record) -> list[str]:
+    rows, short = [], []
+    for goal in GOALS:
+        cells = measured(result, goal)
+        passed = [label for label, figure in cells if figure >= goal.least]
+        figures = sorted(figure for _, figure in cells)
+        middle = figures[len(figures) // 2] if figures else None
+        rows.append([goal.name, f"{len(passed)} of {len(cells)}", _number(middle), _number(figures[0] if figures else None)])
+        short += [f"- {goal.name}: {label}: {figure:.2f}" for label, figure in cells if figure < goal.least]
+    lines = _table(("goal", "cells that pass", "median", "worst"), rows)
+    return [*lines, "", "Cells that fall short:", "", *(short or ["- none"])]
+
+
+def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
+    columns = ("norm", "shape", "dtype", "task", "floor us", "normkit us", "of copy rate", *(f"{p} us" for p in PEERS), "peer / ours")
+    rows = []
+    for record in result["cells"]:
+        cell = cell_of(record)
+        if cell.kind != "large" or cell.norm not in norms or "time_us" not in record:
+            continue
+        of_copy, ours = fraction(record), time_us(record, "normkit")
+        dtype = cell.dtype + (f", gamma {cell.gamma}" if cell.gamma else "")
+        shape = "x".join(map(str, cell.shape)) + (" channels-last" if cell.layout == "channels-last" else "")
+        floor = None if of_copy is None or ours is None else of_copy * ours
+        peers = [_microseconds(time_us(record, peer)) or ("wrong" if peer in record["wrong"] else "") for peer in PEERS]
+        rows.append([cell.norm, shape, dtype, cell.task, _microseconds(floor), _microseconds(ours), _number(of_copy), *peers, _number(speedup(record))])
+    return _table(columns, rows)
+
+
+def call_lines(result: Record, kind: str, variants: tuple[str, ...]) -> list[str]:
+    rows = []
+    for record in result["cells"]:
+        cell = cell_of(record)
+        if cell.kind == kind and "time_us" in record:
+            rows.append([cell.label, *(_microseconds(time_us(record, variant)) for variant in variants)])
+    return _table(("cell", *(f"{variant} us" for variant in variants)), rows)
+
+
+def markdown(result: Record) -> str:
+    environment = result["environment"]
+    left = [record for record in result["cells"] if "time_us" not in record]
+    lines = [
+        "# Norms on a GPU",
+        "",
+        f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, triton "
+        f"{environment['triton']}; {environment['date']}, commit {environment['commit']}. Written by "
+        "`benchmarks/gpu_table.py` from `gpu.json`; [the protocol](../README.md#gpu).",
+        "",
+        "## Goals",
+        "",
+        *goal_lines(result),
+        "",
+        "## Rows",
+        "",
+        *large_lines(result, ("layer_norm", "rms_norm")),
+        "",
+        "## Fused adds",
+        "",
+        *large_lines(result, ("add_layer_norm", "add_rms_norm")),
+        "",
+        "## BatchNorm, training",
+        "",
+        *large_lines(result, ("batch_norm",)),
+        "",
+        "## Small calls, host and device together",
+        "",
+        *call_lines(result, "small", ("normkit", "torch", "normkit in a graph", "torch in a graph")),
+        "",
+        "## From where on Triton is faster",
+        "",
+        "Triton forced against torch eager, as calls: the limits of `kernels/launch.py` come from here.",
+        "",
+        *call_lines(result, "ladder", ("triton", "torch")),
+    ]
+    if left:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {cell_of(record).label}: {record.get('skipped') or record.get('failed')}" for record in left]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path) -> None:
+    path.with_suffix(".md").write_text(markdown(results.read(path)))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else results.RESULTS / "gpu.json")

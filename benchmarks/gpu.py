@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import os
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,7 @@ def device_times(calls: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, 
                 call(number)
                 event.record()
             torch.cuda.synchronize()
-            samples[name] += [
-                1e3 * begin.elapsed_time(end) for begin, end in zip(events[:-1], events[1:], strict=True)
-            ]
+            samples[name] += [1e3 * begin.elapsed_time(end) for begin, end in pairwise(events)]
     return {name: timing(values) for name, values in samples.items()}
 
 
@@ -98,6 +98,17 @@ def poison(like: torch.Tensor) -> None:
         del value
 
 
+def forced(call: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The call with nothing handed to torch."""
+    import normkit
+
+    def in_triton(i: int) -> Any:
+        with normkit.use_backend("triton"):
+            return call(i)
+
+    return in_triton
+
+
 def measure(cell: Cell, cache_bytes: int, dry: bool) -> dict[str, Any]:
     import gpu_variants
 
@@ -107,15 +118,7 @@ def measure(cell: Cell, cache_bytes: int, dry: bool) -> dict[str, Any]:
     calls, absent = gpu_variants.variants(cell, inputs)
     record = {**cell.record(), "absent": absent, "wrong": {}, "error": {}, "prepared_s": time.perf_counter() - begin}
     if cell.kind == "ladder":
-        import normkit
-
-        ours = calls["normkit"]
-
-        def forced(i: int) -> None:
-            with normkit.use_backend("triton"):
-                ours(i)
-
-        calls = {"triton": forced, "torch": calls["torch"]}
+        calls = {"triton": forced(calls["normkit"]), "torch": calls["torch"]}
     elif cell.kind == "large":
         exact = gpu_variants.reference(cell, inputs)
         for name in list(calls):
@@ -133,6 +136,7 @@ def measure(cell: Cell, cache_bytes: int, dry: bool) -> dict[str, Any]:
         record["time_us"] = device_times(calls)
     else:
         if cell.kind == "small":
+            calls["triton"] = forced(calls["normkit"])
             calls |= {f"{name} in a graph": replayed(call) for name, call in calls.items()}
         record["time_us"] = call_times(calls)
     return record
@@ -171,11 +175,15 @@ def main() -> None:
     parser.add_argument("--kinds", default="large,small,ladder")
     parser.add_argument("--seconds", type=float, default=600.0, help="after so long no further cell is begun")
     parser.add_argument("--dry", action="store_true", help="run every call once on few rows, time nothing")
-    parser.add_argument("--part", default="", help="i/n: every n-th cell from i on, called once, to fill compilers' caches")
+    parser.add_argument(
+        "--part", default="", help="i/n: every n-th cell from i on, called once, to fill compilers' caches"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: needs a CUDA device, torch finds none; run it on a machine with a GPU")
-    torch._functorch.config.donated_buffer = False  # torch.compile's backward is called again on the same graph
+    importlib.import_module(
+        "torch._functorch.config"
+    ).donated_buffer = False  # torch.compile's backward is called again on the same graph
     torch.manual_seed(0)
     cells = [
         cell
@@ -209,7 +217,9 @@ def main() -> None:
         if not arguments.dry:
             results.write(arguments.out, result)
     print(f"{len(result['cells'])} cells in {time.monotonic() - begin:.0f} s", flush=True)
-    wrong = [f"{record['norm']} {record['shape']}: {record['wrong']}" for record in result["cells"] if record.get("wrong")]
+    wrong = [
+        f"{record['norm']} {record['shape']}: {record['wrong']}" for record in result["cells"] if record.get("wrong")
+    ]
     print("\n".join(wrong))
     if not arguments.dry:
         gpu_table.write(arguments.out)

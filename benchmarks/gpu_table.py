@@ -19,6 +19,7 @@ from results import time_us
 
 Record = dict[str, Any]
 PEERS = ("torch", "compile", "liger")
+CALLED = ("normkit", "triton", "torch", "normkit in a graph", "triton in a graph", "torch in a graph")
 
 
 def cell_of(record: Record) -> Cell:
@@ -125,14 +126,31 @@ def goal_lines(result: Record) -> list[str]:
         passed = [label for label, figure in cells if figure >= goal.least]
         figures = sorted(figure for _, figure in cells)
         middle = figures[len(figures) // 2] if figures else None
-        rows.append([goal.name, f"{len(passed)} of {len(cells)}", _number(middle), _number(figures[0] if figures else None)])
+        rows.append(
+            [
+                goal.name,
+                f"{len(passed)} of {len(cells)}" if cells else "not measured",
+                _number(middle),
+                _number(figures[0] if figures else None),
+            ]
+        )
         short += [f"- {goal.name}: {label}: {figure:.2f}" for label, figure in cells if figure < goal.least]
     lines = _table(("goal", "cells that pass", "median", "worst"), rows)
-    return [*lines, "", "Cells that fall short:", "", *(short or ["- none"])]
+    return [*lines, *(["", "Cells that fall short:", "", *short] if short else [])]
 
 
 def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
-    columns = ("norm", "shape", "dtype", "task", "floor us", "normkit us", "of copy rate", *(f"{p} us" for p in PEERS), "peer / ours")
+    columns = (
+        "norm",
+        "shape",
+        "dtype",
+        "task",
+        "floor us",
+        "normkit us",
+        "of copy rate",
+        *(f"{p} us" for p in PEERS),
+        "peer / ours",
+    )
     rows = []
     for record in result["cells"]:
         cell = cell_of(record)
@@ -143,7 +161,19 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         shape = "x".join(map(str, cell.shape)) + (" channels-last" if cell.layout == "channels-last" else "")
         floor = None if of_copy is None or ours is None else of_copy * ours
         peers = [_microseconds(time_us(record, peer)) or ("wrong" if peer in record["wrong"] else "") for peer in PEERS]
-        rows.append([cell.norm, shape, dtype, cell.task, _microseconds(floor), _microseconds(ours), _number(of_copy), *peers, _number(speedup(record))])
+        rows.append(
+            [
+                cell.norm,
+                shape,
+                dtype,
+                cell.task,
+                _microseconds(floor),
+                _microseconds(ours),
+                _number(of_copy),
+                *peers,
+                _number(speedup(record)),
+            ]
+        )
     return _table(columns, rows)
 
 
@@ -156,45 +186,45 @@ def call_lines(result: Record, kind: str, variants: tuple[str, ...]) -> list[str
     return _table(("cell", *(f"{variant} us" for variant in variants)), rows)
 
 
+def section(title: str, lines: list[str], text: str = "") -> list[str]:
+    """Nothing where the table has no row."""
+    return ["", f"## {title}", "", *([text, ""] if text else []), *lines] if len(lines) > 2 else []
+
+
+def left_lines(result: Record) -> list[str]:
+    """What was not measured, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for record in result["cells"]:
+        if "time_us" not in record:
+            reasons.setdefault(record.get("skipped") or record["failed"], []).append(cell_of(record).label)
+    return [f"- {len(labels)} cells, {labels[0]} to {labels[-1]}: {reason}" for reason, labels in reasons.items()]
+
+
 def markdown(result: Record) -> str:
     environment = result["environment"]
-    left = [record for record in result["cells"] if "time_us" not in record]
     lines = [
         "# Norms on a GPU",
         "",
         f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, triton "
         f"{environment['triton']}; {environment['date']}, commit {environment['commit']}. Written by "
         "`benchmarks/gpu_table.py` from `gpu.json`; [the protocol](../README.md#gpu).",
+        *(["", environment["note"]] if "note" in environment else []),
         "",
         "## Goals",
         "",
         *goal_lines(result),
-        "",
-        "## Rows",
-        "",
-        *large_lines(result, ("layer_norm", "rms_norm")),
-        "",
-        "## Fused adds",
-        "",
-        *large_lines(result, ("add_layer_norm", "add_rms_norm")),
-        "",
-        "## BatchNorm, training",
-        "",
-        *large_lines(result, ("batch_norm",)),
-        "",
-        "## Small calls, host and device together",
-        "",
-        *call_lines(result, "small", ("normkit", "torch", "normkit in a graph", "torch in a graph")),
-        "",
-        "## From where on Triton is faster",
-        "",
-        "Triton forced against torch eager, as calls: the limits of `kernels/launch.py` come from here.",
-        "",
-        *call_lines(result, "ladder", ("triton", "torch")),
+        *section("Rows", large_lines(result, ("layer_norm", "rms_norm"))),
+        *section("Fused adds", large_lines(result, ("add_layer_norm", "add_rms_norm"))),
+        *section("BatchNorm, training", large_lines(result, ("batch_norm",))),
+        *section("Small calls, host and device together", call_lines(result, "small", CALLED)),
+        *section(
+            "From where on Triton is faster",
+            call_lines(result, "ladder", ("triton", "torch")),
+            "Triton forced against torch eager, as calls: the limits of `kernels/launch.py` come from here.",
+        ),
     ]
-    if left:
-        lines += ["", "## Not measured", ""]
-        lines += [f"- {cell_of(record).label}: {record.get('skipped') or record.get('failed')}" for record in left]
+    if left := left_lines(result):
+        lines += ["", "## Not measured", "", *left]
     return "\n".join(lines) + "\n"
 
 

@@ -39,10 +39,12 @@ class Inputs:
         self.residual = [tensor().requires_grad_(grad) for _ in range(times)] if cell.added else None
         self.dout = [tensor() for _ in range(times)] if grad else None
         self.dtotal = [tensor() for _ in range(times)] if grad and cell.added else None
-        self.weight = torch.randn(size, device=device, dtype=width).requires_grad_(grad)
-        self.bias = None
-        if cell.norm.endswith("layer_norm") or cell.norm == "batch_norm":
-            self.bias = torch.randn(size, device=device, dtype=width).requires_grad_(grad)
+
+        def parameter() -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(size, device=device, dtype=width), requires_grad=grad)
+
+        self.weight = parameter()
+        self.bias = parameter() if cell.norm.endswith("layer_norm") or cell.norm == "batch_norm" else None
         self.running = (torch.zeros(size, device=device), torch.ones(size, device=device))
 
     def of(self, i: int) -> tuple[Tensor, ...]:
@@ -61,8 +63,8 @@ def ours(cell: Cell, inputs: Inputs) -> Norm:
     size = cell.shape[-1:]
     if cell.norm == "batch_norm":
         if cell.kind != "large":
-            layer = (normkit.BatchNorm1d if len(cell.shape) < 4 else normkit.BatchNorm2d)(cell.shape[1], device="cuda")
-            return lambda x, weight, bias: layer(x)
+            layer = (normkit.BatchNorm1d if len(cell.shape) < 4 else normkit.BatchNorm2d)(cell.shape[1])
+            return _layer(layer, inputs)
         return lambda x, weight, bias: NF.batch_norm(x, *inputs.running, weight, bias, True, 0.1, EPS)
     return {
         "layer_norm": lambda x, weight, bias: NF.layer_norm(x, size, weight, bias, EPS),
@@ -72,12 +74,19 @@ def ours(cell: Cell, inputs: Inputs) -> Norm:
     }[cell.norm]
 
 
+def _layer(layer: Any, inputs: Inputs) -> Norm:
+    """The layer with the cell's parameters, on their device."""
+    layer = layer.to(inputs.weight.device)
+    layer.weight, layer.bias = inputs.weight, inputs.bias
+    return lambda x, weight, bias: layer(x)
+
+
 def torchs(cell: Cell, inputs: Inputs) -> Norm:
     F, size = torch.nn.functional, cell.shape[-1:]
     if cell.norm == "batch_norm":
         if cell.kind != "large":
-            layer = (torch.nn.BatchNorm1d if len(cell.shape) < 4 else torch.nn.BatchNorm2d)(cell.shape[1], device="cuda")
-            return lambda x, weight, bias: layer(x)
+            layer = (torch.nn.BatchNorm1d if len(cell.shape) < 4 else torch.nn.BatchNorm2d)(cell.shape[1])
+            return _layer(layer, inputs)
         return lambda x, weight, bias: F.batch_norm(x, *inputs.running, weight, bias, True, 0.1, EPS)
 
     def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +184,11 @@ def reference(cell: Cell, inputs: Inputs) -> list[Tensor]:
             total = total + (rounded - total).detach()  # as it is stored
         parameters = leaves[2 if cell.added else 1 :]
         size = cell.shape[-1:]
-        out = F.layer_norm(total, size, *parameters, EPS) if "layer" in cell.norm else F.rms_norm(total, size, *parameters, EPS)
+        out = (
+            F.layer_norm(total, size, *parameters, EPS)
+            if "layer" in cell.norm
+            else F.rms_norm(total, size, *parameters, EPS)
+        )
         results = [out, total] if cell.added else [out]
     if cell.task == "forward":
         return [result.detach() for result in results]

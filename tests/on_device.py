@@ -1,7 +1,7 @@
 """normkit's functions on a CUDA device for tests that make CPU tensors; under Triton's interpreter on the CPU itself.
 
-Here: INTERPRETED, DEVICE, `moved`, `Triton`: arguments go to the device with their strides, results come back, gradients
-go through, running statistics are changed in place; every call is forced to the Triton backend.
+Here: INTERPRETED, DEVICE, `moved`, `Triton`: arguments go to the device with their strides, results come back,
+gradients go through, running statistics are changed in place; every call is forced to the Triton backend.
 Read next: test_triton.py.
 """
 

@@ -17,11 +17,18 @@ import normkit
 import normkit.functional as NF
 from interop_calls import CALLS, PRIMITIVES, Call, D, gradients, inputs, scalar, watch_core
 from normkit import backends, reference
-from normkit.kernels import cpu
+from normkit.kernels import cpu, gpu
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
-TRITON_OFF = "triton (not chosen): this version has no Triton kernels; CUDA tensors take the reference path"
+NO_DEVICE = "torch finds no CUDA device"
+TRITON_OFF = "triton (not chosen): torch finds no CUDA device"
+
+
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentences here are those of a machine without a GPU."""
+    monkeypatch.setattr(gpu, "unavailable", lambda: NO_DEVICE)
 
 
 def texts(x: Tensor | None = None) -> list[str]:
@@ -205,7 +212,7 @@ def test_a_named_backend_never_falls_back() -> None:
         assert str(caught.value) == (
             'use_backend("cpu") cannot take this call: x is on meta, the compiled core takes CPU tensors; '
             "leave use_backend or name another (cpu: x is on meta, the compiled core takes CPU tensors; "
-            "triton: this version has no Triton kernels; CUDA tensors take the reference path; reference: available)"
+            "triton: torch finds no CUDA device; reference: available)"
         )
         with pytest.raises(normkit.BackendUnavailable, match=r"x has dtype torch\.complex64, the compiled core takes"):
             NF.rms_norm(torch.ones(2, 3, dtype=torch.complex64), 3)
@@ -239,9 +246,7 @@ def test_tracing_and_transforms_are_the_exception_to_a_named_backend(computed: l
 def test_backends_that_are_off_or_unknown_are_refused_on_entry() -> None:
     with pytest.raises(normkit.BackendUnavailable) as off, normkit.use_backend("triton"):
         pytest.fail("use_backend must refuse before its body runs")
-    assert str(off.value) == (
-        'use_backend("triton"): this version has no Triton kernels; CUDA tensors take the reference path'
-    )
+    assert str(off.value) == ('use_backend("triton"): torch finds no CUDA device')
     for name in ("cuda", "CPU", ""):
         with pytest.raises(ValueError, match="use_backend") as unknown, normkit.use_backend(name):
             pytest.fail("use_backend must refuse before its body runs")

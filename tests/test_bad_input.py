@@ -357,7 +357,7 @@ TABLE = (
     Wrong(
         lambda: normkit.use_backend("triton").__enter__(),
         normkit.BackendUnavailable,
-        'use_backend("triton"): this version has no Triton kernels; CUDA tensors take the reference path',
+        'use_backend("triton"): torch finds no CUDA device',
     ),
     Wrong(
         lambda: normkit.theory.post_skip_weight(-0.5),

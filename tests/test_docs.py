@@ -199,7 +199,8 @@ def test_an_arrow_upwards_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_the_layers_need_torch_and_the_standard_library_only(path: Path) -> None:
     foreign = {name.split(".")[0] for _, name in _imported(path)} - set(sys.stdlib_module_names) - {"torch", "normkit"}
-    optional = {"recompute.py": {"rich"}}.get(path.name, {"triton"} if "triton" in path.name else set())
+    of_triton = path.parent.name == "kernels" and ("triton" in path.name or path.name.endswith("_kernels.py"))
+    optional = {"recompute.py": {"rich"}}.get(path.name, {"triton"} if of_triton else set())
     assert foreign <= optional  # imported in a function, where it is used
 
 

@@ -87,7 +87,9 @@ def test_rows_do_not_depend_on_batch_position_or_threads(norm: Norm, dtype: torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
-def test_a_huge_row_shared_by_threads_equals_the_same_row_in_a_batch(name: str, dtype: torch.dtype, core_by_isa: str) -> None:
+def test_a_huge_row_shared_by_threads_equals_the_same_row_in_a_batch(
+    name: str, dtype: torch.dtype, core_by_isa: str
+) -> None:
     x = make_inputs(BY_NAME[name], (3, HUGE), dtype)["x"]
     call = getattr(functional, name)
     with threads(1):

@@ -205,10 +205,7 @@ def test_layers_count_their_batches_and_keep_nan_out() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("training", [True, False])
-def test_a_small_input_is_torchs_own_and_a_small_bad_batch_still_refused(
-    training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "torch_is_faster", lambda recorded: 1000)
+def test_a_small_input_is_torchs_own_and_a_small_bad_batch_still_refused(training: bool) -> None:
     x = moved(normal((7, 5), 1).float())
     assert_same_bits(normkit.functional.layer_norm(x, 5), torch.nn.functional.layer_norm(x, (5,)), "layer_norm")
     assert_same_bits(normkit.functional.rms_norm(x, 5), torch.nn.functional.rms_norm(x, (5,)), "rms_norm")
@@ -260,12 +257,11 @@ def test_grids_do_not_depend_on_what_the_rows_hold() -> None:
 @pytest.mark.parametrize("norm", [BY_NAME["layer_norm"], BY_NAME["rms_norm"], *CHANNELS[:1]], ids=str)
 def test_calls_are_captured_by_cuda_graphs_and_wait_for_nothing(norm: Norm) -> None:
     made = {name: moved(value) for name, value in make_inputs(norm, (64, 256), torch.float32).items()}
-    for value in made.values():
-        value.requires_grad_()
 
     def step() -> tuple[torch.Tensor, ...]:
-        out = norm.call(normkit.functional, **made)
-        return (out, *torch.autograd.grad(out, list(made.values()), torch.ones_like(out)))
+        leaves = {name: value.detach().requires_grad_() for name, value in made.items()}  # of the stream in use
+        out = norm.call(normkit.functional, **leaves)
+        return (out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out)))
 
     with normkit.use_backend("triton"):
         stream = torch.cuda.Stream()

@@ -99,6 +99,7 @@ BATCH_NORMS = {
     for last in (False, True)
     for masked in (False, True)
 }
+SCALARS = {"moments_kernel": 16}  # bytes: what its outer loop keeps while a pass runs, nothing of a tile
 VECTORS = (
     "merge_kernel",
     "sums_kernel",
@@ -114,7 +115,8 @@ def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyP
         name = launch.kernel.__name__
         found = compiled(launch, capability)
         what = f"{name} {launch.options} on sm_{capability}: {found.registers} registers"
-        assert found.spill_bytes == 0 or name in VECTORS, f"{what}, {found.spill_bytes} bytes spilled"
+        allowed = SCALARS.get(name, 0)
+        assert found.spill_bytes <= allowed or name in VECTORS, f"{what}, {found.spill_bytes} bytes spilled"
         assert found.shared_bytes <= SHARED_BYTES[capability], f"{what}, {found.shared_bytes} bytes shared"
         if name not in VECTORS and wide:
             assert found.widest_load_bits == 128, f"{what}, loads of {found.widest_load_bits} bits"

@@ -204,9 +204,9 @@ class ChannelNorm(torch.autograd.Function):
             narrow = weight is not None and ctx.bias_dtype in (None, weight.dtype)
             found = backends.batch_norm_backward_now(dout, x, mean, rstd, weight, x_needs, parameters, narrow)
         differentiated = found is None and _differentiated(dout)
-        if backend is backends.TRITON and not differentiated and mean.dim() == 1 and x.numel() > 0:
-            if shared is None or shared.group is None:
-                found = _in_triton(dout, x, mask, mean, rstd, weight, shared, (x_needs, parameters), ctx.bias_dtype)
+        in_triton = backend is backends.TRITON and not differentiated and mean.dim() == 1 and x.numel() > 0
+        if in_triton and (shared is None or shared.group is None):
+            found = _in_triton(dout, x, mask, mean, rstd, weight, shared, (x_needs, parameters), ctx.bias_dtype)
         if found is None:
             if differentiated:
                 backend = reference

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit import reference
-from normkit.kernels import columns, cpu, gpu, memory
+from normkit.kernels import columns, cpu, gpu, launch, memory
 from normkit.reference import Count
 
 
@@ -85,6 +85,8 @@ norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
 batch_norm_now, batch_norm_backward_now = cpu.batch_norm_now, cpu.batch_norm_backward_now
 sample_norm_now = cpu.sample_norm_now
 recorders, set_kept_bytes = cpu.recorders, memory.set_kept_bytes
+# up to so many bytes of x a CUDA tensor is torch's own to norm
+TORCH_ROW_BYTES, TORCH_BATCH_NORM_BYTES = launch.TORCH_ROW_BYTES, launch.TORCH_BATCH_NORM_BYTES
 
 
 class BackendUnavailable(RuntimeError):
@@ -187,7 +189,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}; see normkit.reasons()")
-    off = {"cpu": cpu.unavailable, "triton": gpu.unavailable, "reference": lambda: None}[name]()
+    off = cpu.unavailable() if name == "cpu" else gpu.unavailable() if name == "triton" else None
     if off is not None:
         raise BackendUnavailable(f'use_backend("{name}"): {off}')
     token = _forced.set(name)
@@ -273,6 +275,7 @@ _TAKERS: dict[str, Backend] = {"cpu": cpu, "triton": TRITON, "reference": refere
 _OFF = {"cpu": _off_cpu, "triton": _off_triton, "reference": _off_reference}
 _CHOSEN = {
     "cpu": "the compiled core takes plain CPU tensors",
-    "triton": "Triton kernels take CUDA tensors",
+    "triton": f"Triton kernels take CUDA tensors; up to {TORCH_ROW_BYTES // 2**20} MiB of x "
+    f"({TORCH_BATCH_NORM_BYTES // 2**20} in BatchNorm) torch's own are called, which return sooner",
     "reference": "the formulas in plain torch take what no kernel takes",
 }

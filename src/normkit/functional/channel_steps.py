@@ -8,7 +8,7 @@ Read next: autograd.py, what is saved and what backward does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,21 +84,24 @@ def whole(
         if handed is not None:
             return handed
     shared = None
+    triton: Any = backends.TRITON
     with torch.no_grad():
         if training:
-            arguments = (running_mean, running_var, weight, bias, momentum, eps, mask, guarded, tracked, refused)
-            out, count, mean, rstd = backends.TRITON.batch_norm_forward(lines(x), *arguments)
+            out, count, mean, rstd = triton.batch_norm_forward(
+                lines(x), running_mean, running_var, weight, bias, momentum, eps, mask, guarded, tracked, refused
+            )
             shared = Shared(count, None)
             for changed in (running_mean, running_var, tracked, refused):
                 if changed is not None and not changed.is_inference():
                     torch.autograd.graph.increment_version(changed)
         else:
-            arguments = (running_mean, running_var, weight, bias, eps, mask)
-            out, mean, rstd = backends.TRITON.batch_norm_with_running(lines(x), *arguments)
-    out = out.view(x.shape)
+            out, mean, rstd = triton.batch_norm_with_running(
+                lines(x), running_mean, running_var, weight, bias, eps, mask
+            )
+    normed: Tensor = out.view(x.shape)
     if torch.is_grad_enabled() and requires_grad(x, weight, bias):
-        return record_channel_norm(backends.TRITON, x, weight, bias, mean, rstd, shared, eps, out, mask)
-    return out
+        return record_channel_norm(triton, x, weight, bias, mean, rstd, shared, eps, normed, mask)
+    return normed
 
 
 def batch_moments(given: Given, group: object = None) -> Moments:

@@ -1,7 +1,7 @@
-"""Small CUDA inputs, which torch's own kernels norm in less time than a Triton launch takes.
+"""Small CUDA inputs, which torch's own kernels norm before a Triton launch has left the host.
 
 Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do.
-May import: torch, backends, launch.
+May import: torch, backends.
 Read next: kernels/launch.py, which holds the measured limits.
 """
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from normkit import backends
-from normkit.functional.calls import requires_grad
-from normkit.kernels import launch
 
 
-def _small(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether x is small enough, and the backend not asked for by name."""
-    recorded = torch.is_grad_enabled() and requires_grad(x, *parameters)
-    return x.numel() <= launch.torch_is_faster(recorded) and not backends.is_forced()
+def _small(x: Tensor, limit: int) -> bool:
+    """Whether x has up to `limit` bytes, and the backend is not asked for by name.
+
+    Under a CUDA graph too, where the host's time does not matter: what a warm-up did not call must not be called first
+    while a graph is captured.
+    """
+    return x.numel() * x.element_size() <= limit and not backends.is_forced()
 
 
 def _of_one_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -35,7 +36,7 @@ def row_norm(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor] | None:
     """(out, total) of a call that Triton would take."""
-    if weight_offset or x.numel() == 0 or not _small(x, residual, weight, bias) or not _of_one_dtype(x, weight, bias):
+    if weight_offset or x.numel() == 0 or not _small(x, backends.TORCH_ROW_BYTES) or not _of_one_dtype(x, weight, bias):
         return None
     total = x if residual is None else x + residual
     if centered:
@@ -60,7 +61,7 @@ def batch_norm(
 
     torch moves copies of the statistics of a guarded batch, which one launch more takes over if they are finite.
     """
-    if x.numel() == 0 or not _small(x, weight, bias):
+    if x.numel() == 0 or not _small(x, backends.TORCH_BATCH_NORM_BYTES):
         return None
     means, variances = running_mean, running_var
     if guarded and running_mean is not None and running_var is not None:
@@ -69,7 +70,8 @@ def batch_norm(
     if guarded and running_mean is not None and running_var is not None:
         backends.TRITON.commit_running(means, variances, running_mean, running_var, tracked, refused)
         for changed in (running_mean, running_var):
-            torch.autograd.graph.increment_version(changed)
+            if not changed.is_inference():
+                torch.autograd.graph.increment_version(changed)
     elif tracked is not None:
         tracked.add_(1)
     return out

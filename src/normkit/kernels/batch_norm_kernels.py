@@ -1,7 +1,7 @@
 """Triton kernels for what BatchNorm does with vectors of C numbers between its passes over x: one launch for all of it.
 
-Here: `finish_forward_kernel`, `commit_kernel`, `stored_kernel` (with running statistics), `finish_backward_kernel`. Formulas are those
-of statistics.py and autograd.py, in float64.
+Here: `finish_forward_kernel`, `commit_kernel`, `stored_kernel` (with running statistics), `finish_backward_kernel`.
+Formulas are those of statistics.py and autograd.py, in float64.
 May import: triton, channel_kernels.
 Read next: triton_batch_norm.py, who launches.
 """

@@ -88,15 +88,15 @@ def _all_deviating(
     whole = S // BLOCK_S
     first = sample_begin * whole + split
     sum_d, sum_dd, count = _deviating(
-        sum_d, sum_dd, count, first, (sample_begin + samples) * whole, splits, whole, S, 0, x_ptr, mask_ptr, c, present, sb,
-        sc, ss, center, scale, ACC, BLOCK_S, True, STAGES,
+        sum_d, sum_dd, count, first, (sample_begin + samples) * whole, splits, whole, S, 0, x_ptr, mask_ptr, c, present,
+        sb, sc, ss, center, scale, ACC, BLOCK_S, True, STAGES,
     )  # fmt: skip
     if whole * BLOCK_S < S:
         # from the other end: the first splits had one whole block more
         first = sample_begin + (splits - 1 - split)
         sum_d, sum_dd, count = _deviating(
-            sum_d, sum_dd, count, first, sample_begin + samples, splits, 1, S, whole * BLOCK_S, x_ptr, mask_ptr, c, present,
-            sb, sc, ss, center, scale, ACC, BLOCK_S, False, STAGES,
+            sum_d, sum_dd, count, first, sample_begin + samples, splits, 1, S, whole * BLOCK_S, x_ptr, mask_ptr, c,
+            present, sb, sc, ss, center, scale, ACC, BLOCK_S, False, STAGES,
         )  # fmt: skip
     # a lane counts up to some thousands, all of them more than float32 holds exactly
     n = tl.sum(count.to(tl.float64), 0)
@@ -167,8 +167,8 @@ def moments_kernel(
     again = 1
     while again == 1:
         count, mean, square = _all_deviating(
-            sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, scale, ACC, BLOCK_C,
-            BLOCK_S, STAGES,
+            sample_begin, samples, split, splits, x_ptr, mask_ptr, c, present, S, sb, sc, ss, center, scale, ACC,
+            BLOCK_C, BLOCK_S, STAGES,
         )  # fmt: skip
         again = 0
         far = tl.max((present & (mean * mean > square - mean * mean)).to(tl.int32), 0)
@@ -373,8 +373,8 @@ def backward_moments_kernel(
     sum_dx = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     whole = S // BLOCK_S
     sum_d, sum_dx = _summing(
-        sum_d, sum_dx, sample_begin * whole + split, (sample_begin + samples) * whole, splits, whole, S, 0, dout_ptr, x_ptr,
-        mask_ptr, c, present, db, dc, ds, xb, xc, xs, center, ACC, BLOCK_S, True, STAGES,
+        sum_d, sum_dx, sample_begin * whole + split, (sample_begin + samples) * whole, splits, whole, S, 0, dout_ptr,
+        x_ptr, mask_ptr, c, present, db, dc, ds, xb, xc, xs, center, ACC, BLOCK_S, True, STAGES,
     )  # fmt: skip
     if whole * BLOCK_S < S:
         sum_d, sum_dx = _summing(

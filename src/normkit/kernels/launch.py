@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# Up to so many elements torch's own norms take less time: forward alone, and recorded with its backward.
-_TORCH_FORWARD, _TORCH_RECORDED = 0, 0
-
-
-def torch_is_faster(recorded: bool) -> int:
-    """Up to how many elements of x torch's own norm is called instead."""
-    return _TORCH_RECORDED if recorded else _TORCH_FORWARD
+# Up to so many bytes of x torch's own norm is called instead (results/gpu.md, an H200). Rows: in a loop of nothing but
+# norms torch's calls return sooner up to 2^25 bytes forward and 2^26 with backward (37 us of ours on the host, torch
+# 11; 240 and 110), but on the device its kernels take 0.9 to 2.6 times ours, and where activations have more than this
+# a model waits for the device, not for the host. BatchNorm: torch's calls return sooner up to 2^25 bytes (132 us and
+# 74), and are shorter on the device where x is small (18 us and 11 at (256, 512)).
+TORCH_ROW_BYTES = 2**23
+TORCH_BATCH_NORM_BYTES = 2**25
 
 
 def power_of_two(size: int) -> int:
@@ -45,12 +45,15 @@ class RowTile:
 def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
     """For rows of `size` elements of `itemsize` bytes.
 
-    Of 983 tiles tried on an H200 (benchmarks/results/gpu_tiles.json) these are the fastest or within some percent of
-    it: 64 bytes a thread, a row or more than one at a time; from 16384 elements on, what the register file allows.
+    The fastest, or within some percent of it, of several hundred tiles tried on an H200: 64 bytes a thread, a row or
+    more than one at a time; from 16384 elements on, what the register file allows. benchmarks/results/gpu_tiles.json
+    has those of D = 256 and of long rows; the record of the others was lost.
     """
     block = power_of_two(size)
     narrow = itemsize <= 2
-    if block > 16384 or (block == 16384 and centered and not narrow):
+    if block > 32768 or (block == 32768 and not centered):
+        return RowTile(1, 16384, 32, stages=1)
+    if block == 32768 or (block == 16384 and centered and not narrow):
         return RowTile(1, 8192, 16, stages=1)
     if block <= 128:
         return RowTile(max(1, 4096 // (itemsize * block)), block, 4)
@@ -67,10 +70,14 @@ def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
     """
     block = power_of_two(size)
     narrow = itemsize <= 2
-    if block > 16384 or (block == 16384 and centered):
+    if block > 32768 and not (narrow and centered):
+        return RowTile(1, 4096, 16, stages=1)
+    if block > 16384:
+        return RowTile(1, 8192, 32, stages=1)
+    if block == 16384 and centered:
         return RowTile(1, 4096 if narrow else 8192, 16, stages=1)
     if block == 16384:
-        return RowTile(1, block, 16, stages=1, programs=1, again=True)
+        return RowTile(1, block, 16, stages=1 if narrow else 2, programs=1, again=True)
     if not narrow:
         rows = max(1, 4096 // block)
         if block == 8192:
@@ -122,21 +129,40 @@ class ChannelTile:
     block_s: int
     warps: int
     stages: int = 1
+    programs: int = 0  # of a reduction, per multiprocessor
 
 
-_TILE = 4096  # elements: with 8 warps a thread has 16 of them, 2 to 4 loads of 16 bytes at once
 _WASTE = 0.15  # of a block's positions may lie beyond the last one
 
 
-def channels(channels: int, space: int, channels_last: bool, itemsize: int) -> ChannelTile:
-    """For (B, C, S) of `channels` and `space` in either memory format."""
+def affine(channels: int, space: int, channels_last: bool, itemsize: int) -> ChannelTile:
+    """For a step through (B, C, S) of `channels` and `space` in either memory format: 16 elements a thread."""
+    block_c, block_s = _blocks(4096, channels, space, channels_last, itemsize)
+    return ChannelTile(block_c, block_s, max(1, min(8, block_c * block_s // 512)))
+
+
+def reduction(channels: int, space: int, channels_last: bool, itemsize: int) -> ChannelTile:
+    """For sums over (B, C, S): 16 elements a thread and three tiles on their way.
+
+    Of eight tiles tried on an H200 (benchmarks/results/gpu_tiles.json), at three shapes in two dtypes and both formats,
+    within 5 % of the fastest in 10 of 12 cells for moments and in 10 of 12 for backward's sums. Lines of whole dtypes
+    that do not begin at 16 bytes would be copied ahead 4 bytes at a time: moments of float32 (256, 512, 7, 7) took
+    120 us with tiles on their way, 40 without.
+    """
+    block_c, block_s = _blocks(2048, channels, space, channels_last, itemsize)
+    warps = max(1, min(4, block_c * block_s // 256))
+    if itemsize >= 4 and not channels_last and space * itemsize % 16 != 0:
+        return ChannelTile(block_c, block_s, warps, stages=1, programs=8)
+    return ChannelTile(block_c, block_s, warps, stages=4, programs=4)
+
+
+def _blocks(tile: int, channels: int, space: int, channels_last: bool, itemsize: int) -> tuple[int, int]:
+    """How many channels and positions make a tile; the contiguous axis has 256 bytes or more."""
     if channels_last:
         block_c = min(power_of_two(channels), 256 // itemsize)
-        block_s = min(power_of_two(space), _TILE // block_c)
-    else:
-        block_s = position_block(space)
-        block_c = min(power_of_two(channels), _TILE // block_s)
-    return ChannelTile(block_c, block_s, max(1, min(8, block_c * block_s // 512)))
+        return block_c, min(power_of_two(space), tile // block_c)
+    block_s = position_block(space)
+    return min(power_of_two(channels), tile // block_s), block_s
 
 
 def position_block(space: int) -> int:
@@ -147,9 +173,9 @@ def position_block(space: int) -> int:
     return block
 
 
-def splits(grid: int, blocks: int, multiprocessors: int) -> int:
-    """How many programs share a channel's `blocks`, where `grid` programs would take one for each block of channels."""
-    return max(1, min(blocks, -(-4 * multiprocessors // grid)))
+def splits(grid: int, blocks: int, programs: int) -> int:
+    """How many of the device's `programs` share a channel's `blocks`; `grid` of them do all channels once."""
+    return max(1, min(blocks, -(-programs // grid)))
 
 
 def merging(splits: int, alone: bool = False) -> tuple[int, int]:

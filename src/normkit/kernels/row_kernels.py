@@ -62,7 +62,7 @@ def _deviations(values, first, inside, D: tl.constexpr, CENTERED: tl.constexpr):
 
 @triton.jit
 def _rescaled_root(square, scale, EPS: tl.constexpr):
-    """1 / sqrt(square / scale^2 + eps) where scale^2 * eps underflows: eps matters for a row without deviations only."""
+    """1 / sqrt(square / scale^2 + eps) where scale^2 * eps underflows: eps matters to a row without deviations only."""
     wide = tl.where(square > 0.0, square, 1.0)
     alone = _reciprocal_root(tl.zeros_like(square) + EPS)
     scaled = scale * _reciprocal_root(wide)
@@ -84,8 +84,8 @@ def _total(x_at, residual_at, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _normalize(
-    row, rows, x_start, residual_start, total_ptr, first, weight_ptr, weight, bias_ptr, bias, out_ptr, mean_ptr, rstd_ptr,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, CENTERED: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    row, rows, x_start, residual_start, total_ptr, first, weight_ptr, weight, bias_ptr, bias, out_ptr, mean_ptr,
+    rstd_ptr, EPS: tl.constexpr, OFFSET: tl.constexpr, CENTERED: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile. Parameters come as values where they serve many tiles, else they are fetched when they are needed."""

@@ -88,8 +88,8 @@ def batch_norm_forward(
     splits = partial.shape[1]
     launcher = _forward_launcher(float(eps), guarded, *launch.merging(splits, alone=True))
     pointers = (
-        partial, _optional(weight), _optional(bias), running_mean, running_var, mean, rstd, center, scale, shift, counted,
-        tracked, refused,
+        partial, _optional(weight), _optional(bias), running_mean, running_var, mean, rstd, center, scale, shift,
+        counted, tracked, refused,
     )  # fmt: skip
     launcher.launch(x.get_device(), (1,), pointers, (splits, channels, *_split_float(momentum)))
     out = empty(x, channels_last)

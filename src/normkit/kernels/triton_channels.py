@@ -63,11 +63,11 @@ def _reduction_plan(
 ) -> _Plan:
     """Of moments (3 values) of one tensor, or of both sums (2) of two."""
     lines = geometry(shape, of_strides, channels_last, not per_sample)
-    tile = launch.channels(lines.channels, lines.space, channels_last, dtype.itemsize)
+    tile = launch.reduction(lines.channels, lines.space, channels_last, dtype.itemsize)
     samples = lines.batch if per_sample else 1
     blocks_c = -(-lines.channels // tile.block_c)
     blocks = -(-lines.space // tile.block_s) * (1 if per_sample else lines.batch)
-    splits = launch.splits(blocks_c * samples, blocks, multiprocessors(device))
+    splits = launch.splits(blocks_c * samples, blocks, tile.programs * multiprocessors(device))
     units = lines.channels * samples
     taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
     numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
@@ -157,7 +157,7 @@ def _affine_plan(
     device: int,
 ) -> _Plan:
     lines = geometry(shape, of_strides, channels_last, vector_stride == 0)
-    tile = launch.channels(lines.channels, lines.space, channels_last, dtype.itemsize)
+    tile = launch.affine(lines.channels, lines.space, channels_last, dtype.itemsize)
     taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
     blocks = -(-lines.channels // tile.block_c) * -(-lines.space // tile.block_s)
     numbers = (lines.batch, lines.channels, taken.space, *taken.steps, vector_stride)

@@ -7,7 +7,9 @@ Read next: triton_rows.py and triton_channels.py, which launch.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from functools import cache
 from typing import Any
 
@@ -35,6 +37,9 @@ _INTERPRETED_MULTIPROCESSORS = 3  # few and odd: programs with several tiles and
 # smallest of them.
 _SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
 _LEAST_SHARED_BYTES = 99 * 1024
+
+_log = logging.getLogger("normkit")
+_WORTH_TELLING_S = 0.05  # a launch that compiles takes 0.3 s and more, one that finds all compiled 1e-4
 
 # Compiled kernels take the arguments of their function, constexpr ones among them, in the versions from here on.
 _REUSES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
@@ -112,7 +117,10 @@ class Launcher:
         key = (self._kinds.get(numbers) or self._kinds_of(numbers), *dtypes)
         compiled = self._compiled.get(key)
         if compiled is None or _enter.calls or _leave.calls:  # a profiler wants to see the launch
+            begin = time.perf_counter()
             compiled = self.kernel[grid](*pointers, *numbers, *self.constants, **self.options)
+            if (seconds := time.perf_counter() - begin) > _WORTH_TELLING_S:
+                _log.info("compiled %s in %.1f s; later calls reuse it", self.kernel.fn.__name__, seconds)
             if _REUSES:
                 self._compiled[key] = compiled
             return

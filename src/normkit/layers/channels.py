@@ -396,7 +396,9 @@ class SyncBatchNorm(_BatchNorm):
                 f"{type(norm).__name__}; call the model on a batch first"
             )
         made = cls(norm.num_features, device="meta")
-        kept = {name: copy(value) if isinstance(value, dict) else value for name, value in norm.__dict__.items()}
+        kept: dict[str, Any] = {
+            name: copy(value) if isinstance(value, dict) else value for name, value in norm.__dict__.items()
+        }
         before = kept.pop("process_group", None)  # torch.nn.SyncBatchNorm's
         held: ranks.Held | None = kept.pop("_held", None)
         kept.pop("_compiled_call_impl", None)  # it calls the old module

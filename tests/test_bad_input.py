@@ -11,6 +11,7 @@ import torch
 import normkit
 import normkit.theory
 from normkit import functional as F
+from normkit.kernels import gpu
 
 X = torch.ones(2, 3)
 IMAGE = torch.ones(2, 3, 4, 4)
@@ -369,7 +370,98 @@ TABLE = (
         ValueError,
         "post_identity_weight: sublayers must be zero or positive, got -1",
     ),
+    Wrong(
+        lambda: normkit.theory.post_identity_weight(3, [1.0, 1.0]),
+        ValueError,
+        "post_identity_weight: variance_ratio must be one number or one for each of the 3 sublayers, got 2 numbers",
+    ),
+    Wrong(
+        lambda: normkit.theory.pre_identity_weight(2, [1.0, -1.0]),
+        ValueError,
+        "pre_identity_weight: branch_variance must be zero or positive, got -1.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.stream_variances(-1),
+        ValueError,
+        "stream_variances: sublayers must be zero or positive, got -1",
+    ),
+    Wrong(
+        lambda: normkit.theory.stream_variances(1, start=-1.0),
+        ValueError,
+        "stream_variances: start must be zero or positive, got -1.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.pre_norm_variance_bounds(-1),
+        ValueError,
+        "pre_norm_variance_bounds: layers must be zero or positive, got -1",
+    ),
+    Wrong(
+        lambda: normkit.theory.last_layer_gradient_bound("keel", 8, 2),
+        ValueError,
+        'last_layer_gradient_bound: placement must be "post" or "pre", got \'keel\'',
+    ),
+    Wrong(
+        lambda: normkit.theory.last_layer_gradient_bound("pre", 1, 2),
+        ValueError,
+        "last_layer_gradient_bound: width must be 2 or more and layers 1 or more, got width 1, layers 2",
+    ),
+    Wrong(
+        lambda: normkit.theory.preactivation_std(1.0, 0),
+        ValueError,
+        "preactivation_std: fan_in must be 1 or more, got 0",
+    ),
+    Wrong(
+        lambda: normkit.theory.preactivation_std(-1.0, 4),
+        ValueError,
+        "preactivation_std: weight_std must be zero or positive, got -1.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.saturation_threshold("relu"),
+        ValueError,
+        'saturation_threshold: activation must be "sigmoid" or "tanh", got \'relu\'',
+    ),
+    Wrong(
+        lambda: normkit.theory.saturation_threshold("tanh", 0.0),
+        ValueError,
+        "saturation_threshold: share must lie in (0, 1], got 0.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.saturation_probability("tanh", -1.0),
+        ValueError,
+        "saturation_probability: std must be zero or positive, got -1.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.running_residual(1.1, 3),
+        ValueError,
+        "running_residual: decay must lie in [0, 1], got 1.1; it is 1 - momentum in torch's terms",
+    ),
+    Wrong(
+        lambda: normkit.theory.running_noise(0.9, -3),
+        ValueError,
+        "running_noise: updates must be zero or positive, got -3",
+    ),
+    Wrong(
+        lambda: normkit.theory.updates_until(1.0),
+        ValueError,
+        "updates_until: decay must lie in [0, 1), got 1.0; with 1 the start value stays",
+    ),
+    Wrong(
+        lambda: normkit.theory.updates_until(0.9, 0.0),
+        ValueError,
+        "updates_until: residual must lie in (0, 1), got 0.0",
+    ),
+    Wrong(
+        lambda: normkit.theory.batch_std_mean(1),
+        ValueError,
+        "batch_std_mean: count must be 2 or more, got 1; it is batch size times positions",
+    ),
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentences here are those of a machine without a GPU."""
+    monkeypatch.setattr(gpu, "unavailable", lambda: "torch finds no CUDA device")
 
 
 @pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.sentence[:90])
@@ -386,8 +478,8 @@ def test_a_forced_backend_that_cannot_take_a_tensor_says_why(core: None) -> None
     assert str(caught.value) == (
         'use_backend("cpu") cannot take this call: x has dtype torch.complex64, the compiled core takes float32, '
         "float64, bfloat16 and float16; leave use_backend or name another (cpu: x has dtype torch.complex64, the "
-        "compiled core takes float32, float64, bfloat16 and float16; triton: this version has no Triton kernels; "
-        "CUDA tensors take the reference path; reference: x has dtype torch.complex64, whose gradient is left to torch)"
+        "compiled core takes float32, float64, bfloat16 and float16; triton: torch finds no CUDA device; "
+        "reference: x has dtype torch.complex64, whose gradient is left to torch)"
     )
 
 

@@ -1,6 +1,6 @@
-"""Closed forms: what the formulas of normalization imply exactly, and theory.py against simulation.
+"""Closed forms: what the formulas of normalization imply exactly, and theory/identity.py against simulation.
 
-Read next: theory.py; shared facts with their sources stand in its docstrings.
+Read next: test_theory_simulated.py, the rest of theory; shared facts with their sources stand in its docstrings.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_two_updates_a_step_act_as_one_of_a_larger_momentum() -> None:
         torch.testing.assert_close(ours.running_var, expected.running_var, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ theory.py by simulation
+# ------------------------------------------------------------------------------------------ theory/identity.py by simulation
 
 
 def test_equal_variances_give_one_over_the_root_of_two() -> None:

@@ -206,7 +206,7 @@ def merged_moments(partial_ptr, splits, units, unit, BLOCK_P: tl.constexpr):
         split = (start + lanes)[:, None]
         valid = (split < splits) & (unit < units)[None, :]
         at = partial_ptr + split.to(tl.int64) * units + unit[None, :]
-        other = tl.reduce(
+        other_n, other_mean, other_m2 = tl.reduce(
             (
                 tl.load(at, mask=valid, other=0.0),
                 tl.load(at + step, mask=valid, other=0.0),
@@ -215,7 +215,7 @@ def merged_moments(partial_ptr, splits, units, unit, BLOCK_P: tl.constexpr):
             0,
             _pooled,
         )
-        n, mean, m2 = _pooled(n, mean, m2, other[0], other[1], other[2])
+        n, mean, m2 = _pooled(n, mean, m2, other_n, other_mean, other_m2)
     return n, mean, m2
 
 

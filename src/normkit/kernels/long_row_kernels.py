@@ -110,7 +110,7 @@ def long_forward_kernel(
                 centered = 0
                 again = 1
         if CENTERED:
-            if again == 0 and centered == 0 and mean * mean > square - mean * mean:
+            if (again == 0 and centered == 0) and mean * mean > square - mean * mean:
                 center += mean
                 centered = 1
                 again = 1

@@ -293,8 +293,8 @@ def backward_kernel(
                     gain = _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
                 g = g * gain
             if CENTERED:
-                sums = tl.reduce((g * xhat, g), 1, _sum_of_two)
-                mean_g_xhat, mean_g = (sums[0] * INVERSE)[:, None], (sums[1] * INVERSE)[:, None]
+                sum_g_xhat, sum_g = tl.reduce((g * xhat, g), 1, _sum_of_two)
+                mean_g_xhat, mean_g = (sum_g_xhat * INVERSE)[:, None], (sum_g * INVERSE)[:, None]
             else:
                 mean_g_xhat = (tl.sum(g * xhat, 1) * INVERSE)[:, None]
             if AGAIN:

@@ -2,7 +2,7 @@
 
 Here: gradient norms by block, the residual stream's RMS, and the weight of the identity branch.
 May import: torch, placement, study.models.
-Read next: train.py, which measures at initialisation and at the end; theory.py, which predicts the skip weight.
+Read next: train.py, which measures at initialisation and at the end; theory, which predicts the skip weight.
 
 The **skip weight** of a sublayer says which part of its output is the unchanged stream. For out = norm(skip +
 branch), with skip = skip_scale * x,

@@ -23,12 +23,10 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
-# On a machine with a GPU, in an environment that has a CUDA build of torch, triton and, as a peer, liger-kernel. Compiled
-# kernels are fetched from the caches that eight processes fill first.
+# On a machine with a GPU, in an environment that has a CUDA build of torch, triton and, as a peer, liger-kernel.
 bench-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	{ echo "bench-gpu needs a torch that finds a CUDA device; name its Python with make bench-gpu PYTHON=..."; exit 1; }
-	for i in 0 1 2 3 4 5 6 7; do PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --kinds large --part $$i/8 & done; wait
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # The tests of the core on a build with AddressSanitizer and UndefinedBehaviorSanitizer.

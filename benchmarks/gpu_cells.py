@@ -1,6 +1,6 @@
 """What the GPU benchmark measures: its cells, and the bytes that each must move.
 
-Here: `Cell`, `large`, `small`, `ladder`. No torch at import, so that a result file can be read anywhere.
+Here: `Cell`, `grid` and the parts of it. No torch at import, so that a result file can be read anywhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 SIZES = (64, 128, 256, 768, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 COMPILED_SIZES = (256, 1024, 4096, 16384, 65536)  # torch.compile takes seconds for each
 FEW_SIZES = (1024, 4096, 8192)
+QUICK_SIZES = (256, 4096, 65536)
 ELEMENTS = 2**26
 IMAGES = ((256, 64, 56, 56), (64, 256, 56, 56), (256, 512, 7, 7))
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+PLAIN, ADDS = ("layer_norm", "rms_norm"), ("add_layer_norm", "add_rms_norm")
+KINDS = ("large", "small", "ladder")
 
 
 @dataclass(frozen=True)
@@ -59,31 +62,47 @@ class Cell:
         return {**asdict(self), "shape": list(self.shape), "bytes": self.bytes}
 
 
-def large() -> Iterator[Cell]:
-    """The cells that goals are about, the most important first."""
-    for dtype in ("bfloat16", "float32"):
-        for size in SIZES:
-            for norm in ("layer_norm", "rms_norm"):
-                for task in ("forward", "backward"):
-                    yield Cell(norm, (ELEMENTS // size, size), dtype, task)
-        for shape in IMAGES:
-            for layout in ("contiguous", "channels-last"):
-                for task in ("forward", "forward+backward"):
-                    yield Cell("batch_norm", shape, dtype, task, layout=layout)
-        for size in FEW_SIZES:
-            for norm in ("add_layer_norm", "add_rms_norm"):
-                for task in ("forward", "backward", "forward+backward"):
-                    yield Cell(norm, (ELEMENTS // size, size), dtype, task)
-    for size in FEW_SIZES:
-        for norm in ("layer_norm", "rms_norm"):
+def _rows(norm: str, size: int, dtype: str, task: str, gamma: str = "") -> Cell:
+    return Cell(norm, (ELEMENTS // size, size), dtype, task, gamma)
+
+
+def large(dtype: str) -> Iterator[Cell]:
+    """The cells that goals are about."""
+    for size in SIZES:
+        for norm in PLAIN:
             for task in ("forward", "backward"):
-                yield Cell(norm, (ELEMENTS // size, size), "bfloat16", task, gamma="float32")
+                yield _rows(norm, size, dtype, task)
+    for shape in IMAGES:
+        for layout in ("contiguous", "channels-last"):
+            for task in ("forward", "forward+backward"):
+                yield Cell("batch_norm", shape, dtype, task, layout=layout)
+    for size in FEW_SIZES:
+        for norm in ADDS:
+            for task in ("forward", "backward", "forward+backward"):
+                yield _rows(norm, size, dtype, task)
+
+
+def mixed() -> Iterator[Cell]:
+    """bfloat16 x with float32 parameters, as automatic mixed precision leaves them."""
+    for size in FEW_SIZES:
+        for norm in PLAIN:
+            for task in ("forward", "backward"):
+                yield _rows(norm, size, "bfloat16", task, "float32")
+
+
+def whole() -> Iterator[Cell]:
+    """What no goal asks for: rows forward and backward together, and BatchNorm's backward alone."""
+    for size in COMPILED_SIZES:
+        for norm in PLAIN:
+            yield _rows(norm, size, "bfloat16", "forward+backward")
+    for shape in IMAGES:
+        yield Cell("batch_norm", shape, "bfloat16", "backward")
 
 
 def small() -> Iterator[Cell]:
     """Calls whose time is that of the host, or nearly."""
     for task in ("forward", "forward+backward"):
-        for norm in ("layer_norm", "rms_norm"):
+        for norm in PLAIN:
             for shape in ((1, 4096), (64, 1024), (2048, 768)):
                 yield Cell(norm, shape, "float32", task, kind="small")
             yield Cell(norm, (2048, 768), "bfloat16", task, kind="small")
@@ -95,6 +114,24 @@ def ladder() -> Iterator[Cell]:
     """From where on a Triton launch is worth its time: the limits in kernels/launch.py."""
     for power in range(17, 27):
         for task in ("forward", "forward+backward"):
-            for norm in ("layer_norm", "rms_norm"):
+            for norm in PLAIN:
                 yield Cell(norm, (2**power // 1024, 1024), "float32", task, kind="ladder")
             yield Cell("batch_norm", (2**power // (64 * 1024), 64, 32, 32), "float32", task, kind="ladder")
+
+
+def is_quick(cell: Cell) -> bool:
+    """The subset that answers "did it get slower" in a minute."""
+    if cell.kind == "small":
+        return cell.shape in ((2048, 768), (256, 512))
+    if cell.kind == "ladder" or cell.dtype != "bfloat16" or cell.gamma:
+        return False
+    if cell.norm == "batch_norm":
+        return cell.shape == IMAGES[0] and cell.task != "backward"
+    return cell.shape[-1] in QUICK_SIZES
+
+
+def grid(kinds: tuple[str, ...] = KINDS, quick: bool = False, text: str = "") -> list[Cell]:
+    """The cells of a run, the most important first, for a run may end before the last."""
+    cells = [*large("bfloat16"), *small(), *large("float32"), *mixed(), *whole(), *ladder()]
+    chosen = [cell for cell in cells if cell.kind in kinds and text in cell.label]
+    return [cell for cell in chosen if is_quick(cell)] if quick else chosen

@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_table.py [FILE]
 
-Here: `goals`, `markdown`, `write`. No torch at import.
+Here: `GOALS`, `judged`, `markdown`, `write`. No torch at import.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,14 +96,43 @@ GOALS = (
 )
 
 
-def measured(result: Record, goal: Goal) -> list[tuple[str, float]]:
-    """Label and figure of each cell of a goal that was measured."""
-    found = []
-    for record in result["cells"]:
-        cell = cell_of(record)
-        if "time_us" in record and goal.applies(cell) and (figure := goal.figure(record)) is not None:
-            found.append((cell.label, figure))
-    return found
+@dataclass(frozen=True)
+class Judged:
+    """A cell that a goal is about; without a figure ours raised or was wrong, or the cell was not measured."""
+
+    label: str
+    figure: float | None
+    passed: bool
+    reason: str = ""  # why there is no figure
+
+    @property
+    def counts(self) -> bool:
+        """Whether it passes or misses: a cell that was not measured does neither."""
+        return self.figure is not None or bool(self.reason)
+
+
+def judge(record: Record, goal: Goal) -> Judged:
+    label = cell_of(record).label
+    if "normkit" in record.get("absent", {}):
+        return Judged(label, None, False, f"raises {record['absent']['normkit']}")
+    if "normkit" in record.get("wrong", {}):
+        return Judged(label, None, False, f"wrong by {record['wrong']['normkit']}")
+    figure = goal.figure(record) if "time_us" in record else None
+    return Judged(label, figure, figure is not None and figure >= goal.least)
+
+
+def judged(result: Record, goal: Goal) -> list[Judged]:
+    """Every cell of the result that the goal is about."""
+    return [judge(record, goal) for record in result["cells"] if goal.applies(cell_of(record))]
+
+
+def verdict(record: Record) -> str:
+    """Of the goal that the cell belongs to, if one is; no cell belongs to two."""
+    for goal in GOALS:
+        if goal.applies(cell_of(record)):
+            found = judge(record, goal)
+            return ("passed" if found.passed else "missed") if found.counts else ""
+    return ""
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -122,20 +152,21 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def goal_lines(result: Record) -> list[str]:
     rows, short = [], []
     for goal in GOALS:
-        cells = measured(result, goal)
-        passed = [label for label, figure in cells if figure >= goal.least]
-        figures = sorted(figure for _, figure in cells)
-        middle = figures[len(figures) // 2] if figures else None
+        cells = judged(result, goal)
+        counted = [cell for cell in cells if cell.counts]
+        figures = [cell.figure for cell in counted if cell.figure is not None]
         rows.append(
             [
                 goal.name,
-                f"{len(passed)} of {len(cells)}" if cells else "not measured",
-                _number(middle),
-                _number(figures[0] if figures else None),
+                f"{sum(cell.passed for cell in counted)} of {len(counted)}" if counted else "not measured",
+                str(len(cells) - len(counted) or ""),
+                _number(statistics.median(figures) if figures else None),
+                _number(min(figures, default=None)),
             ]
         )
-        short += [f"- {goal.name}: {label}: {figure:.2f}" for label, figure in cells if figure < goal.least]
-    lines = _table(("goal", "cells that pass", "median", "worst"), rows)
+        missed = (cell for cell in counted if not cell.passed)
+        short += [f"- {goal.name}: {cell.label}: {cell.reason or _number(cell.figure)}" for cell in missed]
+    lines = _table(("goal", "cells that pass", "cells not measured", "median", "worst"), rows)
     return [*lines, *(["", "Cells that fall short:", "", *short] if short else [])]
 
 
@@ -150,6 +181,8 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         "of copy rate",
         *(f"{p} us" for p in PEERS),
         "peer / ours",
+        "goal",
+        "first call s",
     )
     rows = []
     for record in result["cells"]:
@@ -160,7 +193,9 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         dtype = cell.dtype + (f", gamma {cell.gamma}" if cell.gamma else "")
         shape = "x".join(map(str, cell.shape)) + (" channels-last" if cell.layout == "channels-last" else "")
         floor = None if of_copy is None or ours is None else of_copy * ours
-        peers = [_microseconds(time_us(record, peer)) or ("wrong" if peer in record["wrong"] else "") for peer in PEERS]
+        shown = [
+            "wrong" if name in record["wrong"] else _microseconds(time_us(record, name)) for name in ("normkit", *PEERS)
+        ]
         rows.append(
             [
                 cell.norm,
@@ -168,10 +203,12 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
                 dtype,
                 cell.task,
                 _microseconds(floor),
-                _microseconds(ours),
+                shown[0],
                 _number(of_copy),
-                *peers,
+                *shown[1:],
                 _number(speedup(record)),
+                verdict(record),
+                _number(record.get("first_call_s", {}).get("normkit"), 1),
             ]
         )
     return _table(columns, rows)
@@ -200,6 +237,18 @@ def left_lines(result: Record) -> list[str]:
     return [f"- {len(labels)} cells, {labels[0]} to {labels[-1]}: {reason}" for reason, labels in reasons.items()]
 
 
+def late_lines(result: Record) -> list[str]:
+    """Where the device began before its calls were queued, and in how many rounds."""
+    late = [(cell_of(record).label, record["late"]) for record in result["cells"] if record.get("late")]
+    return [f"- {label}: " + ", ".join(f"{name} {rounds} rounds" for name, rounds in of.items()) for label, of in late]
+
+
+def absent_lines(result: Record) -> list[str]:
+    """Why variants have no figure, each reason once."""
+    found = [item for record in result["cells"] for item in record.get("absent", {}).items()]
+    return [f"- {name}, {found.count((name, why))} cells: {why}" for name, why in dict.fromkeys(found)]
+
+
 def markdown(result: Record) -> str:
     environment = result["environment"]
     lines = [
@@ -223,6 +272,10 @@ def markdown(result: Record) -> str:
             "Triton forced against torch eager, as calls: the limits of `kernels/launch.py` come from here.",
         ),
     ]
+    if absent := absent_lines(result):
+        lines += ["", "## Absent", "", *absent]
+    if late := late_lines(result):
+        lines += ["", "## Times that may hold the host's", "", *late]
     if left := left_lines(result):
         lines += ["", "## Not measured", "", *left]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,11 @@
 """The calls that are compared in a cell of the GPU benchmark: ours, torch's, torch.compile's, Liger's, a copy.
 
-Here: `Inputs` of a cell, `variants`, `reference`.
+Here: `Inputs` of a cell, `variants`, `reference`, `errors`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -137,18 +138,27 @@ def task(cell: Cell, norm: Norm, inputs: Inputs) -> Callable[[int], Any]:
     )
 
 
-def variants(cell: Cell, inputs: Inputs) -> tuple[dict[str, Callable[[int], Any]], dict[str, str]]:
-    """The calls by name, and why others are absent."""
-    makers: dict[str, Callable[[], Norm | None]] = {
+def makers(cell: Cell, inputs: Inputs, compiled: bool) -> dict[str, Callable[[], Norm | None]]:
+    found: dict[str, Callable[[], Norm | None]] = {
         "normkit": partial(ours, cell, inputs),
         "torch": partial(torchs, cell, inputs),
     }
     if cell.kind == "large" and cell.norm != "batch_norm":
-        makers["liger"] = partial(ligers, cell)
-    if cell.compiles():
-        makers["compile"] = lambda: torch.compile(torchs(cell, inputs), dynamic=False)
-    calls, absent = {}, {}
-    for name, make in makers.items():
+        found["liger"] = partial(ligers, cell)
+    if cell.compiles() and compiled:
+        found["compile"] = lambda: torch.compile(torchs(cell, inputs), dynamic=False)
+    return found
+
+
+def variants(
+    cell: Cell, inputs: Inputs, compiled: bool = True
+) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], dict[str, float]]:
+    """The calls by name, why others are absent, and the seconds until each had its first result."""
+    # all sizes share the code of one function, which torch.compile gives up on after eight of them
+    torch.compiler.reset()
+    calls, absent, first_s = {}, {}, {}
+    for name, make in makers(cell, inputs, compiled).items():
+        begin = time.perf_counter()
         try:
             norm = make()
             if norm is None:
@@ -156,12 +166,18 @@ def variants(cell: Cell, inputs: Inputs) -> tuple[dict[str, Callable[[int], Any]
                 continue
             call = task(cell, norm, inputs)
             call(0)
-            calls[name] = call
-        except Exception as error:  # a peer that cannot do a cell is no reason to lose the others
-            if name == "normkit":
-                raise
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    return calls, absent
+            if inputs.x[0].is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:  # one that cannot do a cell is no reason to lose the others
+            absent[name] = reason(error)
+        else:
+            calls[name], first_s[name] = call, time.perf_counter() - begin
+    return calls, absent, first_s
+
+
+def reason(error: Exception) -> str:
+    """The exception and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -169,48 +185,54 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def reference(cell: Cell, inputs: Inputs) -> list[Tensor]:
-    """Results in float64 of the first inputs: of some rows, or of all of a BatchNorm."""
+    """In float64, what the first call returns: rows from the first on, all of a BatchNorm and of parameters' gradients.
+
+    A total is taken as it is stored, rounded to its dtype: the norm is of that.
+    """
     F, rows = torch.nn.functional, slice(0, sampled_rows(cell))
-    leaves = [value.detach().double() for value in inputs.of(0)]
+    exact = [value.detach().double() for value in inputs.of(0)]
     if cell.norm == "batch_norm":
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        results = [F.batch_norm(leaves[0], None, None, *leaves[1:], True, 0.1, EPS)]
-    else:
-        leaves = [(leaf[rows] if leaf.dim() > 1 else leaf).requires_grad_() for leaf in leaves]
-        total = leaves[0]
-        if cell.added:
-            total = total + leaves[1]
-            rounded = (inputs.of(0)[0][rows] + inputs.of(0)[1][rows]).detach().double()
-            total = total + (rounded - total).detach()  # as it is stored
-        parameters = leaves[2 if cell.added else 1 :]
-        size = cell.shape[-1:]
-        out = (
-            F.layer_norm(total, size, *parameters, EPS)
-            if "layer" in cell.norm
-            else F.rms_norm(total, size, *parameters, EPS)
-        )
-        results = [out, total] if cell.added else [out]
+        leaves = [value.requires_grad_() for value in exact]
+        out = F.batch_norm(leaves[0], None, None, *leaves[1:], True, 0.1, EPS)
+        if cell.task == "forward":
+            return [out.detach()]
+        return list(torch.autograd.grad(out, leaves, inputs.gradients(0)[0].double()))
+    parameters = exact[2 if cell.added else 1 :]
+    stored = inputs.of(0)[0].detach()
+    if cell.added:
+        stored = stored + inputs.of(0)[1].detach()
+    total = stored[rows].double().requires_grad_()
+    results = [_normalized(cell, total, parameters), *([total * 1.0] if cell.added else [])]
     if cell.task == "forward":
         return [result.detach() for result in results]
-    gradients = [gradient.double() for gradient in inputs.gradients(0)]
-    if cell.norm != "batch_norm":
-        gradients = [gradient[rows] for gradient in gradients]
-    found = torch.autograd.grad(results, leaves[: 2 if cell.added else 1], gradients)
-    return list(found)
+    dout = inputs.gradients(0)[0].double()
+    (dx,) = torch.autograd.grad(results, total, [gradient[rows].double() for gradient in inputs.gradients(0)])
+    dweight = (dout * _normalized(cell, stored.double(), [])).sum(0)
+    dbias = [] if inputs.bias is None else [dout.sum(0)]
+    return [dx] * (2 if cell.added else 1) + [dweight, *dbias]
+
+
+def _normalized(cell: Cell, total: Tensor, parameters: list[Tensor]) -> Tensor:
+    F, size = torch.nn.functional, cell.shape[-1:]
+    if "layer" in cell.norm:
+        return F.layer_norm(total, size, *parameters, eps=EPS)
+    return F.rms_norm(total, size, *parameters, eps=EPS)
 
 
 def sampled_rows(cell: Cell) -> int:
     return max(1, min(cell.shape[0], 2**20 // cell.shape[-1]))
 
 
-def error(cell: Cell, result: Any, exact: list[Tensor]) -> float:
-    """The largest error of a result in units of 1 + |exact|; inf where something is not finite."""
-    worst = 0.0
-    for found, wanted in zip(flat(result), exact, strict=False):
+def errors(result: Any, exact: list[Tensor]) -> tuple[float, float]:
+    """The largest error of what has x's shape and that of parameters' gradients, inf where anything is not finite.
+
+    In units of 1 + |exact|; of a parameter's gradient, a sum over all rows, in units of its largest element.
+    """
+    worst = [0.0, 0.0]
+    for found, wanted in zip(flat(result), exact, strict=True):
         found = found.detach().double()
-        if not bool(torch.isfinite(found).all()):
-            return float("inf")
-        if cell.norm != "batch_norm":
-            found = found[: wanted.shape[0]]
-        worst = max(worst, float(((found - wanted).abs() / (1 + wanted.abs())).max()))
-    return worst
+        is_sum = wanted.dim() == 1
+        unit = wanted.abs().max() if is_sum else 1 + wanted.abs()
+        off = float(((found[: wanted.shape[0]] - wanted).abs() / unit).max())
+        worst[is_sum] = max(worst[is_sum], off if bool(torch.isfinite(found).all()) else float("inf"))
+    return worst[0], worst[1]

@@ -140,7 +140,7 @@ def test_two_updates_a_step_act_as_one_of_a_larger_momentum() -> None:
         torch.testing.assert_close(ours.running_var, expected.running_var, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ theory/identity.py by simulation
+# -------------------------------------------------------------------------------- theory/identity.py by simulation
 
 
 def test_equal_variances_give_one_over_the_root_of_two() -> None:

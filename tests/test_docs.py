@@ -110,6 +110,7 @@ IMPORTS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {ANY},
     "study": {"layers", "placement", "theory", "functional", "__init__"},
+    "explain": {"functional", "statistics", "theory"},
     "report": set(),
     "placement": {"layers", "functional", "statistics", "_checks"},
     "layers": {"functional", "statistics", "ranks", "_checks"},

@@ -1,4 +1,4 @@
-"""The command line: `normkit study`, `normkit report`, `normkit info`.
+"""The command line: `normkit study`, `normkit report`, `normkit info`, `normkit explain`.
 
 Here: flags, the progress display, what is printed. The work is done in study and report.
 May import: any public module; report, which brings matplotlib, only inside the commands.
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import normkit
+from normkit.explain.command import explain_command
 from normkit.kernels import cpu
 from normkit.study import data
 from normkit.study.clock import TimeLeft
@@ -39,6 +40,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors as one plain sentence: rich would break it over the lines of a box
     pretty_exceptions_enable=False,
 )
+
+
+app.command("explain")(explain_command)
 
 
 def _whole_number(given: str) -> int:

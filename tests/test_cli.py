@@ -252,8 +252,12 @@ def test_lines_that_are_no_records_are_named_and_kept(finished_study):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--norms layer,group", "'--norms': expected one of none, batch, layer, rms, got 'group'"),
-        ("--placements mid", "'--placements': expected one of pre, post, got 'mid'"),
+        ("--norms layer,weight", "'--norms': expected one of none, batch, layer, rms, group, dyt, got 'weight'"),
+        (
+            "--placements mid",
+            "'--placements': expected one of pre, post, sandwich, reordered, deepnorm, keel, mix, layernorm-scaling, "
+            "layerscale, rezero, got 'mid'",
+        ),
         ("--depths 2;12", "'--depths': expected whole numbers separated by commas, got '2;12'"),
         ("--depths 0", "'--depths': expected a whole number of at least 1, got 0"),
         ("--seeds 1,-1", "'--seeds': expected a whole number of at least 0, got -1"),

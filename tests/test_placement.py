@@ -1,6 +1,7 @@
 """Placement: the block equation for every choice of slots and scales, and fusion that changes nothing.
 
-The expected values come from torch.nn's norms in float64, written out step by step. Read next: placement.py.
+The expected values come from torch.nn's norms in float64, written out step by step.
+Read next: placement/block.py; test_named_placements.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 import normkit
 from cases import normal
 from normkit import Placement, PostNorm, PreNorm, Residual, ResidualStack, functional
-from normkit.placement import PLACEMENTS
 from tolerance import assert_same_bits
 
 D = 8
@@ -246,7 +246,8 @@ def test_a_stack_of_nothing_is_the_identity_and_its_final_norm() -> None:
 def test_the_named_placements_are_their_equations() -> None:
     assert Placement("pre", before=True) == PreNorm
     assert Placement("post", output=True) == PostNorm
-    assert {"pre": PreNorm, "post": PostNorm} == PLACEMENTS
+    assert normkit.placements("pre", 2) == (PreNorm, PreNorm)
+    assert normkit.placements("post", 1) == (PostNorm,)
     assert PreNorm.needs_final_norm
     assert not PostNorm.needs_final_norm
     with pytest.raises(AttributeError):

@@ -13,6 +13,7 @@ from normkit.layers import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    DyT,
     GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
@@ -28,7 +29,7 @@ from normkit.layers import (
     statistics_step,
 )
 from normkit.layers.columns import LayerNorm2d
-from normkit.placement import Placement, PostNorm, PreNorm, Residual, ResidualStack
+from normkit.placement import LearnedScale, Placement, PostNorm, PreNorm, Residual, ResidualStack, placements
 
 __version__ = "0.1.0"
 
@@ -38,12 +39,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "DyT",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
     "LayerNorm2d",
+    "LearnedScale",
     "Placement",
     "PostNorm",
     "PreNorm",
@@ -57,6 +60,7 @@ __all__ = [
     "convert",
     "frozen_statistics",
     "functional",
+    "placements",
     "reasons",
     "recompute_statistics",
     "set_kept_bytes",

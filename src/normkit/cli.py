@@ -26,9 +26,10 @@ from rich.table import Table
 import normkit
 from normkit.explain.command import explain_command
 from normkit.kernels import cpu
+from normkit.placement import PLACEMENT_NAMES
 from normkit.study import data
 from normkit.study.clock import TimeLeft
-from normkit.study.grid import Cell, Settings
+from normkit.study.grid import NORMS, Cell, Settings
 from normkit.study.plan import Study
 from normkit.study.records import Record, RecordStore, read_records, read_study
 from normkit.study.run import Watcher, default_jobs
@@ -84,8 +85,8 @@ def main(
 
 @app.command()
 def study(
-    norms: Annotated[str, typer.Option(help="Of none, batch, layer, rms, with commas.")] = "none,batch,layer,rms",
-    placements: Annotated[str, typer.Option(help="Of pre, post, with commas.")] = "pre,post",
+    norms: Annotated[str, typer.Option(help=f"Of {', '.join(NORMS)}, with commas.")] = "none,batch,layer,rms",
+    placements: Annotated[str, typer.Option(help=f"Of {', '.join(PLACEMENT_NAMES)}, with commas.")] = "pre,post",
     depths: Annotated[str, typer.Option(help="Numbers of transformer blocks, with commas.")] = "2,12",
     seeds: Annotated[str, typer.Option(help="Seeds of weights and batches, with commas.")] = "0",
     steps: Annotated[int, typer.Option(**_WHOLE, help="Training steps of each cell.")] = 200,

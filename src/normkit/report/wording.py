@@ -14,6 +14,7 @@ from collections.abc import Sequence
 DASH = "–"
 MINUS = "−"
 NORM_NAMES = {"none": "no norm", "batch": "BatchNorm", "layer": "LayerNorm", "rms": "RMSNorm"}
+OTHER_NAMES = {"group": "GroupNorm", "dyt": "DyT (tanh)"}  # looks of their own have the norms above
 PLACEMENT_NAMES = {"pre": "PreNorm", "post": "PostNorm"}
 INIT_NAMES = {
     "xavier": "Xavier: weight variance 2 / (fan_in + fan_out)",
@@ -24,7 +25,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def norm_name(norm: str) -> str:
-    return NORM_NAMES.get(norm, norm)
+    return NORM_NAMES.get(norm) or OTHER_NAMES.get(norm, norm)
 
 
 def cell_label(norm: str, placement: str | None) -> str:

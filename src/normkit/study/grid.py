@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from normkit import __version__
-from normkit.placement import PLACEMENTS
+from normkit.placement import PLACEMENT_NAMES
 
 TASK = "text"
-NORMS = ("none", "batch", "layer", "rms")
+NORMS = ("none", "batch", "layer", "rms", "group", "dyt")
 INITS = ("xavier", "torch", "gpt2")
 
 
@@ -47,7 +47,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _expect_some_of("norms", self.norms, NORMS)
-        _expect_some_of("placements", self.placements, tuple(PLACEMENTS))
+        _expect_some_of("placements", self.placements, PLACEMENT_NAMES)
         _expect_some_of("init", (self.init,), INITS)
         for name in ("steps", "width", "heads", "batch", "seq", "jobs", "threads"):
             _expect_at_least(1, name, (getattr(self, name),))

@@ -7,13 +7,13 @@ Read next: measure.py, which walks its residual stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normkit.layers import BatchNorm1d, LayerNorm, RMSNorm
+from normkit.layers import BatchNorm1d, DyT, GroupNorm, LayerNorm, RMSNorm
 from normkit.placement import Placement, Residual, ResidualStack
 
 EPS = 1e-5  # of every norm: torch's RMSNorm would otherwise take another default than its LayerNorm
@@ -32,26 +32,45 @@ class TokenBatchNorm(BatchNorm1d):
         return super().forward(input.flatten(0, -2)).view(input.shape)
 
 
+class TokenGroupNorm(GroupNorm):
+    """GroupNorm of (B, T, D), features last: each group of a token's features on its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # tokens have no padding here
+        return super().forward(input.flatten(0, -2)).view(input.shape)
+
+
+GROUPS = 4  # of features; a width that they do not divide is one group
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda width: nn.Identity(),
     "batch": lambda width: TokenBatchNorm(width, eps=EPS),
     "layer": lambda width: LayerNorm(width, eps=EPS),
     "rms": lambda width: RMSNorm(width, eps=EPS),
+    "group": lambda width: TokenGroupNorm(GROUPS if width % GROUPS == 0 else 1, width, eps=EPS),
+    "dyt": lambda width: DyT(width),  # no norm: the comparison without statistics
 }
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention.
 
-    def __init__(self, width: int, heads: int) -> None:
+    qk_norm: whether queries and keys are normalized, each head's by an RMSNorm of its own features (Henry et al.,
+    "Query-Key Normalization for Transformers", 2020, with a learned gain in place of the temperature).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.q_norm = RMSNorm(width // heads, eps=EPS) if qk_norm else None
+        self.k_norm = RMSNorm(width // heads, eps=EPS) if qk_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(b, t, d))
         return out
@@ -78,8 +97,9 @@ class Transformer(nn.Module):
         width: features of the stream; a multiple of `heads`.
         seq: the longest T, for the learned positions.
         norm: a name in NORMS; "none" has no placement.
-        placement: where the norms sit; None exactly for norm "none".
+        placement: where the norms sit, in all sublayers or one for each; None exactly for norm "none".
         init: a name in INITS.
+        qk_norm: whether attention normalizes queries and keys.
 
     Every layer is built and initialised on its own: nn.TransformerEncoder copies one layer `depth` times, and its
     layers start out equal. Norms draw no random numbers, so one torch seed gives one set of weights for all norms.
@@ -96,9 +116,10 @@ class Transformer(nn.Module):
         heads: int,
         seq: int,
         norm: str,
-        placement: Placement | None,
+        placement: Placement | Sequence[Placement] | None,
         init: str = "xavier",
         vocabulary: int = 256,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -108,23 +129,31 @@ class Transformer(nn.Module):
         if width % heads:
             raise ValueError(f"Transformer: width must be a multiple of heads={heads}, got {width}")
         if norm == "none" and placement is not None:
-            raise ValueError(f"Transformer: norm 'none' has no placement, got {placement.name!r}")
+            raise ValueError(f"Transformer: norm 'none' has no placement, got {_name(placement)!r}")
         if norm != "none" and placement is None:
             raise ValueError(f"Transformer: norm {norm!r} needs a placement, got None")
-        where = NoNorm if placement is None else placement
+        everywhere = NoNorm if placement is None else placement
+        where = (everywhere,) * (2 * depth) if isinstance(everywhere, Placement) else tuple(everywhere)
+        if len(where) != 2 * depth:
+            raise ValueError(
+                f"Transformer: placement must name {2 * depth} sublayers for depth {depth}, got {len(where)}"
+            )
 
-        def residual(sublayer: nn.Module) -> Residual:
-            return Residual(sublayer, where, lambda: NORMS[norm](width))
+        def norm_of_width() -> nn.Module:
+            return NORMS[norm](width)
 
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(seq, width)
         sublayers = []
-        for _ in range(depth):
-            sublayers += [residual(Attention(width, heads)), residual(FeedForward(width))]
-        final_norm = NORMS[norm](width) if placement is not None and placement.needs_final_norm else None
+        for attends, feeds in zip(where[::2], where[1::2], strict=True):
+            sublayers.append(Residual(Attention(width, heads, qk_norm), attends, norm_of_width, width))
+            sublayers.append(Residual(FeedForward(width), feeds, norm_of_width, width))
+        final_norm = norm_of_width() if norm != "none" and where and where[-1].needs_final_norm else None
         self.stack = ResidualStack(sublayers, final_norm)
         self.head = nn.Linear(width, vocabulary)
         self.apply(INITS[init])
+        for sublayer in sublayers:
+            _apply_gain(sublayer)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): what enters the residual stack."""
@@ -175,6 +204,23 @@ def _gpt2(module: nn.Module) -> None:
         _zero_biases(module)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+
+
+def _apply_gain(residual: Residual) -> None:
+    """The placement's gain on values, the attention's output and the feed-forward, not on queries and keys."""
+    sublayer, gain = residual.sublayer, residual.placement.init_gain
+    if isinstance(sublayer, Attention):
+        scaled = [sublayer.qkv.weight.detach().chunk(3)[2], sublayer.out.weight.detach()]
+    elif isinstance(sublayer, FeedForward):
+        scaled = [sublayer.up.weight.detach(), sublayer.down.weight.detach()]
+    else:
+        scaled = []
+    for weight in scaled if gain != 1.0 else []:
+        weight.mul_(gain)
+
+
+def _name(placement: Placement | Sequence[Placement]) -> str:
+    return placement.name if isinstance(placement, Placement) else placement[0].name
 
 
 def _zero_biases(*layers: nn.Linear) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from normkit.placement import PLACEMENTS
+from normkit.placement import placements
 from normkit.study import measure
 from normkit.study.data import Batch, Corpus, batches, guess_loss, spaced_batches
 from normkit.study.grid import Cell
@@ -70,7 +70,8 @@ def build(cell: Cell) -> Transformer:
             heads=cell.heads,
             seq=cell.seq,
             norm=cell.norm,
-            placement=None if cell.placement is None else PLACEMENTS[cell.placement],
+            placement=None if cell.placement is None else placements(cell.placement, 2 * cell.depth),
+            qk_norm=cell.placement == "reordered",  # its paper's blocks have both
             init=cell.init,
         )
 

@@ -1,9 +1,8 @@
 """Where a norm sits around a sublayer: one description for all placements, and the modules that follow it.
 
-Here: Placement with its named values PreNorm and PostNorm, Residual (one sublayer), ResidualStack (many, with
-adjacent add and norm fused).
+Here: Placement, LearnedScale, Residual (one sublayer), ResidualStack (many, with adjacent add and norm fused).
 May import: torch, functional, layers.
-Read next: layers/rows.py, or study/models.py, which builds a transformer from these.
+Read next: named.py, the field's placements; layers/rows.py, or study/models.py, which builds a transformer from these.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -20,10 +20,23 @@ from normkit.layers import LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A residual block as three optional norm slots and two scales.
+class LearnedScale:
+    """A factor on the branch that is trained with the model.
 
-        y = output_norm(skip_scale * x + branch_scale * after_norm(f(before_norm(x))))
+    Args:
+        start: its value before training.
+        per_feature: whether each feature of the stream has its own; else it is one number.
+    """
+
+    start: float
+    per_feature: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A residual block as three optional norm slots and its scales.
+
+        y = output_norm(skip_scale * x + branch_scale * a * after_norm(f(before_scale * before_norm(x))))
 
     Args:
         name: the placement's name in the field.
@@ -31,9 +44,13 @@ class Placement:
         after: a norm on the branch, after f.
         output: a norm after the add, on branch and skip together.
         skip_scale, branch_scale: what multiplies x and the branch before the add; 1.0.
+        before_scale: what multiplies the sublayer's input; 1.0.
+        learned: a, a factor on the branch that is trained; None for none.
+        init_gain: what the placement wants the initial weights of feed-forwards and of attention's values and output
+            multiplied by; 1.0. Who builds the sublayers applies it, as `normkit study` does.
 
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020, figure 1, for the two named
-        values; the other placements of the field are other values of the same slots and scales.
+        values; `normkit.placements` gives those of the field, which are other values of the same slots and scales.
     """
 
     name: str
@@ -42,28 +59,33 @@ class Placement:
     output: bool = False
     skip_scale: float = 1.0
     branch_scale: float = 1.0
+    before_scale: float = 1.0
+    learned: LearnedScale | None = None
+    init_gain: float = 1.0
 
     @property
     def needs_final_norm(self) -> bool:
-        """Whether the stream leaves the stack un-normalized, so that a norm must follow the last sublayer."""
-        return not self.output
+        """Whether norms leave the stream un-normalized, so that one must follow the last sublayer."""
+        return not self.output and (self.before or self.after)
 
 
 PreNorm = Placement("pre", before=True)  # x + f(norm(x))
 PostNorm = Placement("post", output=True)  # norm(x + f(x))
 
-PLACEMENTS = {placement.name: placement for placement in (PreNorm, PostNorm)}
-
 
 class Residual(nn.Module):
     """A sublayer with its residual connection and its norms.
 
-        y = output_norm(skip_scale * x + branch_scale * after_norm(f(before_norm(x))))
+        y = output_norm(skip_scale * x + branch_scale * a * after_norm(f(before_scale * before_norm(x))))
 
     Args:
         sublayer: f, any module whose output has its input's shape.
         placement: which slots hold a norm, and the scales.
         norm: makes one norm; called once for each slot in use.
+        width: features of the stream, for a placement whose learned scale (`scale`) has one for each.
+
+    Raises:
+        ValueError: the placement has a learned scale per feature and no width is given.
 
     Example:
         >>> import torch, normkit
@@ -75,18 +97,30 @@ class Residual(nn.Module):
     norm_before: nn.Module | None
     norm_after: nn.Module | None
     norm_output: nn.Module | None
+    scale: nn.Parameter | None
 
-    def __init__(self, sublayer: nn.Module, placement: Placement, norm: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, sublayer: nn.Module, placement: Placement, norm: Callable[[], nn.Module], width: int | None = None
+    ) -> None:
         super().__init__()
+        learned = placement.learned
+        if learned is not None and learned.per_feature and width is None:
+            raise ValueError(
+                f"Residual: placement {placement.name!r} has a learned scale for each feature and needs their number, "
+                f"got width=None; pass width="
+            )
         self.sublayer = sublayer
         self.placement = placement
         self.norm_before = norm() if placement.before else None
         self.norm_after = norm() if placement.after else None
         self.norm_output = norm() if placement.output else None
+        shape = (width,) if learned is not None and learned.per_feature and width is not None else ()
+        start = None if learned is None else nn.Parameter(torch.full(shape, learned.start))
+        self.register_parameter("scale", start)
 
     def branch(self, x: Tensor) -> Tensor:
-        """branch_scale * after_norm(f(before_norm(x)))."""
-        return self._after(self.sublayer(x if self.norm_before is None else self.norm_before(x)))
+        """branch_scale * a * after_norm(f(before_scale * before_norm(x)))."""
+        return self._behind_norm(x if self.norm_before is None else self.norm_before(x))
 
     def combine(self, x: Tensor, branch: Tensor) -> Tensor:
         """output_norm(skip_scale * x + branch)."""
@@ -96,9 +130,15 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(x, self.branch(x))
 
-    def _after(self, branch: Tensor) -> Tensor:
+    def _behind_norm(self, inner: Tensor) -> Tensor:
+        """The branch behind its first norm."""
+        if self.placement.before_scale != 1.0:
+            inner = inner * self.placement.before_scale
+        branch: Tensor = self.sublayer(inner)
         if self.norm_after is not None:
             branch = self.norm_after(branch)
+        if self.scale is not None:
+            branch = branch * self.scale
         return branch if self.placement.branch_scale == 1.0 else branch * self.placement.branch_scale
 
     def _skip(self, x: Tensor) -> Tensor:
@@ -115,7 +155,7 @@ class Residual(nn.Module):
             inner = x = x + pending
         else:
             inner, x = add_norm(self.norm_before, pending, x)
-        branch = self._after(self.sublayer(inner))
+        branch = self._behind_norm(inner)
         skip = self._skip(x)
         if self.norm_output is not None:
             return add_norm(self.norm_output, branch, skip).out, None

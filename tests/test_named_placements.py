@@ -201,7 +201,7 @@ def test_every_norm_in_every_placement_trains(name: str, norm: str) -> None:
         loss = transformer.loss(ids, ids)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert all(math.isfinite(value) for value in losses)
     assert losses[-1] < losses[0]
 

@@ -81,10 +81,12 @@ def layer_norm(
         TypeError: x is no tensor, or has no floating-point dtype; shard_group is no process group.
 
     Numerics: statistics in float32 (float64 for float64), deviations from the mean squared, one rounding at the
-        end. A finite row never overflows on the compiled core, where torch's gives NaN beyond 1e19 in float32. A
+        end. A finite row never overflows on a compiled backend, where torch's gives NaN beyond 1e19 in float32. A
         row that holds inf or NaN becomes NaN, as in torch; a constant row becomes `bias`. Rows are bit-identical
         whatever the batch size and the number of threads. Under CUDA autocast x is normalized in float32. With a
         shard_group everything before the rounding is float64; ranks send mean, m2 and D, merged by Chan's formula.
+        A CUDA x of up to 8 MiB is computed by torch, with torch's numerics (docs/gpu.md; `use_backend("triton")`
+        never hands a call over).
 
     Example:
         >>> import torch, normkit.functional as F

@@ -2,7 +2,14 @@
 
 Here: data.py (bytes and batches), models.py (the transformer), grid.py (what to run), train.py (one cell),
 measure.py (what is measured), records.py (what is kept), worker.py and run.py (processes), clock.py (time left),
-plan.py (one study). Nothing is printed or drawn here.
+plan.py (one study). Nothing is printed or drawn here. And observe.py with observation/: the same measurements on any
+model of one's own.
 May import: layers, placement, theory.
 Read next: train.py, one cell from start to record.
 """
+
+from __future__ import annotations
+
+from normkit.study.observe import Observation, observe
+
+__all__ = ["Observation", "observe"]

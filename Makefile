@@ -48,7 +48,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	install one (on Debian: apt-get install g++) or name it with CXX=..."; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation --editable .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation --editable ".[study]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -111,6 +111,7 @@ IMPORTS: dict[str, set[str]] = {
     "cli": {ANY},
     "study": {"layers", "placement", "theory", "functional", "__init__"},
     "explain": {"functional", "statistics", "theory"},
+    "studies": {"study", "report", "layers", "placement", "theory", "functional", "__init__"},
     "report": set(),
     "placement": {"layers", "functional", "statistics", "_checks"},
     "layers": {"functional", "statistics", "ranks", "_checks"},

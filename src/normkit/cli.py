@@ -27,6 +27,7 @@ import normkit
 from normkit.explain.command import explain_command
 from normkit.kernels import cpu
 from normkit.placement import PLACEMENT_NAMES
+from normkit.studies.command import other_studies
 from normkit.study import data
 from normkit.study.clock import TimeLeft
 from normkit.study.grid import NORMS, Cell, Settings
@@ -85,6 +86,13 @@ def main(
 
 @app.command()
 def study(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="placement; warmup, batch-size, running, saturation, padding or cost; or all of those six."
+        ),
+    ] = "placement",
     norms: Annotated[str, typer.Option(help=f"Of {', '.join(NORMS)}, with commas.")] = "none,batch,layer,rms",
     placements: Annotated[str, typer.Option(help=f"Of {', '.join(PLACEMENT_NAMES)}, with commas.")] = "pre,post",
     depths: Annotated[str, typer.Option(help="Numbers of transformer blocks, with commas.")] = "2,12",
@@ -104,12 +112,20 @@ def study(
     threads: Annotated[int, typer.Option(**_WHOLE, help="Threads of each worker.")] = 1,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = Path("normkit-study"),
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on, or move the old records aside.")] = True,
+    thorough: Annotated[
+        bool, typer.Option(help="The other studies in their long form: more seeds, more steps.")
+    ] = False,
 ) -> None:
     """Train small language models with each norm in each placement, and report what it did to them.
+
+    Other studies have their own grids; of the flags below they take --thorough, --jobs, --out and --resume.
 
     Each cell's record is kept the moment it is done: Ctrl-C, or worse, loses only the cells that were running, and
     the same command goes on from there.
     """
+    if name != "placement":
+        other_studies(context, name, thorough=thorough, jobs=jobs or default_jobs(1), out=out, fresh=not resume)
+        return
     with _flag_errors():
         settings = Settings(
             norms=_words(norms),

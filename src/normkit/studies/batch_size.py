@@ -1,0 +1,144 @@
+"""BatchNorm at small batches, beside norms that do not know the batch.
+
+Here: BATCH_SIZE.
+May import: torch, protocol, digits.
+Read next: running.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from normkit.studies import digits
+from normkit.studies.protocol import (
+    NORM_NAMES,
+    Chart,
+    Figure,
+    Record,
+    Settings,
+    Study,
+    each,
+    line,
+    median,
+    panel,
+    percent,
+    rows,
+    where,
+)
+
+SIZES = (2, 4, 8, 16, 32, 64, 128)
+_LOOKS: dict[str, tuple[str, str | None]] = {
+    "batch": ("batch", "pre"),
+    "group": ("group", "pre"),
+    "layer": ("layer", "pre"),
+    "rms": ("rms", "pre"),
+    "none": ("none", None),
+}
+
+
+def _cells(thorough: bool) -> list[Settings]:
+    return [
+        {"norm": norm, "batch": batch, "epochs": 20 if thorough else 10, "lr_at_32": 0.05, "seed": seed}
+        for norm in digits.NORMS
+        for batch in SIZES
+        for seed in (range(5) if thorough else range(1))
+    ]
+
+
+def _run(cell: Settings) -> dict[str, Any]:
+    images, labels, test_images, test_labels = digits.digits()
+    torch.manual_seed(cell["seed"])
+    model = digits.ConvNet(digits.NORMS[cell["norm"]])
+    # the learning rate grows with the batch, so that an epoch moves the weights as far (Goyal et al. 2017)
+    optimizer = torch.optim.SGD(model.parameters(), lr=cell["lr_at_32"] * cell["batch"] / 32, momentum=0.9)
+    steps = cell["epochs"] * (len(labels) // cell["batch"])
+    for taken in islice(digits.batches(len(labels), cell["batch"], cell["seed"]), steps):
+        optimizer.zero_grad()
+        cross_entropy(model(images[taken]), labels[taken]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    own = digits.error(deepcopy(model).train(), test_images, test_labels, cell["batch"])
+    model.eval()
+    return {
+        "steps": steps,
+        "train_error": digits.error(model, images, labels),
+        "test_error": digits.error(model, test_images, test_labels),
+        "test_error_own_statistics": own,
+    }
+
+
+def _figures(records: Sequence[Record]) -> list[Figure]:
+    labels = ("batch size, log2", "test error")
+    lines = [
+        line(NORM_NAMES[norm], where(records, norm=norm), "batch", "test_error", _LOOKS[norm], log2=True)
+        for norm in each(records, "norm")
+    ]
+    batch_norm = where(records, norm="batch")
+    both = [
+        line("running statistics", batch_norm, "batch", "test_error", ("batch", "pre"), log2=True),
+        line("the test batch's own", batch_norm, "batch", "test_error_own_statistics", ("batch", "post"), log2=True),
+    ]
+    fields = ("norm", "batch", "seed", "train_error", "test_error", "test_error_own_statistics")
+    chart = Chart(
+        "batch-size-error",
+        "Test error by batch size",
+        "curves",
+        (panel("all norms, eval mode", labels, lines), panel("BatchNorm, by its statistics", labels, both)),
+        fields,
+        rows(records, fields),
+    )
+    said = []
+    for norm in each(records, "norm"):
+        small, large = (median(where(records, norm=norm, batch=size), "test_error") for size in (SIZES[0], SIZES[-1]))
+        said.append(
+            f"{NORM_NAMES[norm]}: {percent(small)} test error at batch {SIZES[0]}, {percent(large)} at {SIZES[-1]}."
+        )
+    measured = (
+        "share of wrong answers on 450 test images after training with the same number of epochs and a learning rate "
+        "in proportion to the batch; eval mode, and for BatchNorm also with the statistics of test batches of the "
+        "training's size. Lines are medians over seeds, bands their range."
+    )
+    return [Figure(chart, tuple(said), measured)]
+
+
+def _findings(records: Sequence[Record]) -> list[str]:
+    def rise(norm: str) -> float:
+        return median(where(records, norm=norm, batch=SIZES[0]), "test_error") - median(
+            where(records, norm=norm, batch=SIZES[-1]), "test_error"
+        )
+
+    others = [norm for norm in ("group", "layer", "rms") if where(records, norm=norm)]
+    own = median(where(records, norm="batch", batch=SIZES[0]), "test_error_own_statistics")
+    running = median(where(records, norm="batch", batch=SIZES[0]), "test_error")
+    return [
+        f"From batch {SIZES[-1]} to batch {SIZES[0]} BatchNorm's test error changes by "
+        f"{100 * rise('batch'):+.1f} points; "
+        + ", ".join(f"{NORM_NAMES[norm]}'s by {100 * rise(norm):+.1f}" for norm in others)
+        + ".",
+        f"At batch {SIZES[0]} BatchNorm has {percent(running)} test error with its running statistics and "
+        f"{percent(own)} with those of test batches of {SIZES[0]}.",
+    ]
+
+
+BATCH_SIZE = Study(
+    name="batch-size",
+    question="How small may a batch be for BatchNorm, and what do norms that do not know the batch do there?",
+    data="scikit-learn's digits (1,797 images of 8 x 8), a network of three convolutions",
+    cells=_cells,
+    run=_run,
+    columns=(
+        ("norm", "norm", "after each convolution"),
+        ("batch", "batch", "images in a training batch"),
+        ("seed", "seed", "of weights and batches"),
+        ("train_error", "train error", "share of wrong answers on the training images, eval mode"),
+        ("test_error", "test error", "the same on the test images"),
+        ("test_error_own_statistics", "own statistics", "test error in train mode, batches of the training's size"),
+    ),
+    figures=_figures,
+    findings=_findings,
+)

@@ -1,0 +1,143 @@
+"""What a study is: a grid of cells, what one cell measures, and what figures and sentences make of all records.
+
+Here: Study, Figure, and what the studies share to group records and draw lines.
+May import: report (its shapes, which are data).
+Read next: run.py.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normkit.report.shapes import Chart, Panel, Reference, Series
+
+__all__ = [
+    "NORM_NAMES",
+    "Chart",
+    "Figure",
+    "Record",
+    "Reference",
+    "Series",
+    "Settings",
+    "Study",
+    "each",
+    "line",
+    "median",
+    "panel",
+    "percent",
+    "rows",
+    "where",
+]
+
+Settings = dict[str, Any]  # of a cell: names and JSON values; everything that its numbers depend on
+Record = Mapping[str, Any]  # settings and measurements of a cell that is done, in one dict
+
+NORM_NAMES = {
+    "none": "no norm",
+    "batch": "BatchNorm",
+    "group": "GroupNorm",
+    "layer": "LayerNorm",
+    "rms": "RMSNorm",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, the sentences that it shows, and how it was measured."""
+
+    chart: Chart
+    sentences: tuple[str, ...]
+    measured: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question and how it is answered.
+
+    Args:
+        name: as on the command line.
+        question: in a sentence.
+        data: on what, in words.
+        cells: whether the thorough form is asked for -> the settings of every cell.
+        run: a cell's settings -> its measurements; seeded, on one thread, the same numbers on the same machine.
+        columns: of the report's table: field, title, what it means.
+        figures, findings: what all records show; the sentences hold the records' numbers.
+        table_rows: the rows of the table, where they are not the records themselves.
+    """
+
+    name: str
+    question: str
+    data: str
+    cells: Callable[[bool], list[Settings]]
+    run: Callable[[Settings], dict[str, Any]]
+    columns: tuple[tuple[str, str, str], ...]
+    figures: Callable[[Sequence[Record]], list[Figure]]
+    findings: Callable[[Sequence[Record]], list[str]]
+    table_rows: Callable[[Sequence[Record]], Sequence[Record]] = lambda records: records
+
+
+def where(records: Iterable[Record], **settings: Any) -> list[Record]:
+    """The records with these settings."""
+    return [record for record in records if all(record[name] == value for name, value in settings.items())]
+
+
+def each(records: Iterable[Record], name: str) -> list[Any]:
+    """The values of a setting, in the order in which they come."""
+    return list(dict.fromkeys(record[name] for record in records))
+
+
+def median(records: Iterable[Record], field: str) -> float:
+    """Over the records, NaN where none has a number."""
+    values = [float(record[field]) for record in records if record[field] is not None]
+    return statistics.median(values) if values else math.nan
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def line(
+    label: str, records: Sequence[Record], x: str, y: str, look: tuple[str, str | None], log2: bool = False
+) -> Series:
+    """Medians of `y` by `x`, with the range over seeds where there are several."""
+    points, band = [], []
+    for value in sorted({record[x] for record in records}):
+        some = where(records, **{x: value})
+        values = [float(record[y]) for record in some if record[y] is not None]
+        if values:
+            at = math.log2(value) if log2 else float(value)
+            points.append((at, statistics.median(values)))
+            band.append((at, min(values), max(values)))
+    several = any(low != high for _, low, high in band)
+    return Series(label, *look, tuple(points), band=tuple(band) if several else ())
+
+
+def panel(
+    title: str,
+    labels: tuple[str, str],
+    series: Sequence[Series],
+    references: Sequence[Reference] = (),
+    log: bool = False,
+) -> Panel:
+    """With limits that hold all points."""
+    values = [y for one in series for _, y in one.points if math.isfinite(y) and (y > 0 or not log)]
+    values += [reference.level for reference in references if math.isfinite(reference.level)]
+    if not values:
+        return Panel(title, *labels, tuple(series), tuple(references))
+    low, high = min(values), max(values)
+    if log:
+        margin = max((high / low) ** 0.06, 1.05)
+        limits = (low / margin, high * margin)
+    else:
+        space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        limits = (low - space, high + space)
+    return Panel(title, *labels, tuple(series), tuple(references), limits)
+
+
+def rows(records: Sequence[Record], fields: Sequence[str]) -> tuple[tuple[object, ...], ...]:
+    """For a chart's CSV."""
+    return tuple(tuple("" if record.get(field) is None else record[field] for field in fields) for record in records)

@@ -1,0 +1,164 @@
+"""The largest learning rate that works, by placement and depth, with a warm-up and without.
+
+Here: WARMUP.
+May import: torch, study (its transformer and text), placement, protocol.
+Read next: batch_size.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+
+from normkit.placement import placements
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, rows, where
+from normkit.study import data
+from normkit.study.models import Transformer
+from normkit.study.train import learning_rate
+
+PLACEMENTS = ("pre", "post", "deepnorm", "sandwich")
+LOWEST, HIGHEST = -9, 0  # powers of two that are tried
+HALVINGS = 2  # of the step above the largest that works: the answer is exact to the factor 2^(1/4), 19 %
+MARGIN = 0.2  # nats a byte: a rate works if it ends within this of the best rate
+_LOOKS: dict[str, tuple[str, str | None]] = {
+    "pre": ("layer", "pre"),
+    "post": ("batch", "post"),
+    "deepnorm": ("rms", "pre"),
+    "sandwich": ("none", "pre"),
+}
+
+
+@cache
+def _text() -> data.Corpus:
+    return data.standard_library(1_000_000)
+
+
+def _cells(thorough: bool) -> list[Settings]:
+    return [
+        {
+            "placement": placement,
+            "depth": depth,
+            "warmup": warmup,
+            "norm": "layer",
+            "steps": 100,
+            "width": 32,
+            "batch": 8,
+            "seq": 64,
+            "seed": seed,
+            "text": _text().digest,
+        }
+        for placement in PLACEMENTS
+        for depth in ((2, 4, 8, 16) if thorough else (2, 6))
+        for warmup in (0, 25)
+        for seed in (range(3) if thorough else range(1))
+    ]
+
+
+def _end_loss(cell: Settings, lr: float) -> float:
+    """The mean loss of the last ten steps, infinite once a loss is not finite."""
+    corpus = _text()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell["seed"])
+        model = Transformer(
+            depth=cell["depth"],
+            width=cell["width"],
+            heads=4,
+            seq=cell["seq"],
+            norm=cell["norm"],
+            placement=placements(cell["placement"], 2 * cell["depth"]),
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    last = []
+    taken = islice(data.batches(corpus.train, cell["batch"], cell["seq"], cell["seed"]), cell["steps"])
+    for step, (inputs, targets) in enumerate(taken, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, lr, cell["warmup"])
+        optimizer.zero_grad()
+        loss = model.loss(inputs, targets)
+        if not math.isfinite(value := float(loss.detach())):
+            return math.inf
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step > cell["steps"] - 10:
+            last.append(value)
+    return sum(last) / len(last)
+
+
+def _run(cell: Settings) -> dict[str, Any]:
+    tried = {2.0**power: _end_loss(cell, 2.0**power) for power in range(LOWEST, HIGHEST + 1)}
+    best = min(tried.values())
+
+    def works(lr: float) -> bool:
+        if lr not in tried:
+            tried[lr] = _end_loss(cell, lr)
+        return tried[lr] <= best + MARGIN
+
+    low = max(math.log2(lr) for lr in tried if works(lr))
+    high = low + 1
+    for _ in range(HALVINGS if low < HIGHEST else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if works(2.0**middle) else (low, middle)
+    losses = [[lr, loss if math.isfinite(loss) else None] for lr, loss in sorted(tried.items())]
+    return {"largest_lr": 2.0**low, "best_loss": best, "tried": losses}
+
+
+def _figures(records: Sequence[Record]) -> list[Figure]:
+    labels = ("transformer blocks", "largest learning rate that works")
+    panels = []
+    for warmup in each(records, "warmup"):
+        title = "without warm-up" if warmup == 0 else f"{warmup} steps of warm-up"
+        lines = [
+            line(name, where(records, placement=name, warmup=warmup), "depth", "largest_lr", _LOOKS[name])
+            for name in each(records, "placement")
+        ]
+        panels.append(panel(title, labels, lines, log=True))
+    fields = ("placement", "depth", "warmup", "seed", "largest_lr")
+    chart = Chart(
+        "warmup-rates", "The largest learning rate that works", "curves", tuple(panels), fields, rows(records, fields),
+        log=True,
+    )  # fmt: skip
+    measured = (
+        f"AdamW, {records[0]['steps']} steps; a rate works if the mean loss of its last ten steps lies within "
+        f"{MARGIN:g} nats per byte of the best rate's. Rates from 2^{LOWEST} to 2^{HIGHEST} by factors of 2, the step "
+        f"above the largest that works bisected {HALVINGS} times on a logarithmic scale."
+    )
+    return [Figure(chart, tuple(_findings(records)), measured)]
+
+
+def _rate(records: Sequence[Record], **settings: Any) -> str:
+    return f"{median(where(records, **settings), 'largest_lr'):.2g}"
+
+
+def _findings(records: Sequence[Record]) -> list[str]:
+    deepest = max(record["depth"] for record in records)
+    warm = max(record["warmup"] for record in records)
+    parts = [
+        f"{name} {_rate(records, placement=name, depth=deepest, warmup=0)} without and "
+        f"{_rate(records, placement=name, depth=deepest, warmup=warm)} with {warm} steps of warm-up"
+        for name in each(records, "placement")
+    ]
+    return [f"At {deepest} blocks the largest learning rate that works is: {'; '.join(parts)}."]
+
+
+WARMUP = Study(
+    name="warmup",
+    question="How large may the learning rate be, by placement and depth, and what does a warm-up change?",
+    data="the Python standard library's sources, byte by byte",
+    cells=_cells,
+    run=_run,
+    columns=(
+        ("placement", "placement", "of LayerNorm"),
+        ("depth", "blocks", "transformer blocks"),
+        ("warmup", "warm-up", "steps of linear warm-up"),
+        ("seed", "seed", "of weights and batches"),
+        ("largest_lr", "largest rate", "that ends within the margin of the best"),
+        ("best_loss", "best loss", "nats per byte, of the best rate"),
+    ),
+    figures=_figures,
+    findings=_findings,
+)

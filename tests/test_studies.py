@@ -1,0 +1,347 @@
+"""The studies beside `placement`: every cell measures what it says, sentences hold the records' numbers, runs resume.
+
+Read next: studies/protocol.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from normkit import theory
+from normkit.cli import app
+from normkit.report import lab
+from normkit.studies import STUDIES, batch_size, cost, digits, padding, running, saturation, warmup
+from normkit.studies.protocol import Settings, Study
+from normkit.studies.run import key, measure, report_studies, run_study
+
+# a cell of each that takes a second
+SMALL: dict[str, Settings] = {
+    "warmup": {"steps": 12, "width": 16, "batch": 2, "seq": 16, "depth": 1, "warmup": 0},
+    "batch-size": {"epochs": 1, "batch": 64},
+    "running": {"steps": 30, "batch": 32},
+    "saturation": {"steps": 30},
+    "padding": {"steps": 5},
+    "cost": {"rounds": 2, "depth": 1, "width": 32, "batch": 2, "seq": 8},
+}
+every_study = pytest.mark.parametrize("name", STUDIES)
+
+
+def small_cell(name: str, index: int = 0) -> Settings:
+    return {**STUDIES[name].cells(False)[index], **SMALL[name]}
+
+
+@every_study
+def test_cells_are_told_apart_and_the_thorough_form_has_more_work(name: str) -> None:
+    cells, thorough = (STUDIES[name].cells(flag) for flag in (False, True))
+    assert len({key(name, cell) for cell in cells}) == len(cells) > 1
+    assert len(thorough) > len(cells) or thorough[0] != cells[0]
+    json.dumps(cells)
+
+
+@every_study
+def test_a_cell_gives_the_same_numbers_again_and_all_that_the_table_shows(name: str) -> None:
+    cell = small_cell(name)
+    first, second = (STUDIES[name].run(cell) for _ in range(2))
+    json.dumps(first, allow_nan=False)
+    if name != "cost":  # times are never the same
+        assert first == second
+    (row, *_) = STUDIES[name].table_rows([{**cell, **first}])
+    assert {field for field, _, _ in STUDIES[name].columns if field not in ("over_copy",)} <= row.keys()
+
+
+# -------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_saturation_at_init_is_what_theory_predicts() -> None:
+    cell = {**small_cell("saturation"), "activation": "sigmoid", "std": 1.0, "batchnorm": False}
+    found = saturation._run(cell)
+    spread = theory.preactivation_std(1.0, 64, float(digits.digits()[0].double().square().mean()))
+    assert found["predicted"] == theory.saturation_probability("sigmoid", spread, saturation.SHARE)
+    assert found["first_saturated"] == pytest.approx(found["predicted"], abs=0.05)
+    assert len(found["saturated"]) == len(found["gradients"]) == saturation.LAYERS
+    with_norm = saturation._run({**cell, "batchnorm": True})
+    assert with_norm["first_saturated"] < 0.01
+
+
+def test_running_statistics_meet_the_exact_ones_sooner_with_a_short_memory() -> None:
+    short, long = (running._run({**small_cell("running"), "decay": decay, "steps": 60}) for decay in (0.9, 0.999))
+    assert short["end_distance"] < long["end_distance"]
+    assert [point["step"] for point in short["curve"]] == running._looked_at(60)
+    assert [point["exact_error"] for point in short["curve"]] == [point["exact_error"] for point in long["curve"]]
+
+
+def test_with_the_mask_more_padding_changes_nothing() -> None:
+    masked, plain = (padding._run({**small_cell("padding"), "masked": masked}) for masked in (True, False))
+    assert masked["more_padding"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(plain["more_padding"]) > 1e-3
+    assert 0.3 < masked["padding"] == plain["padding"] < 0.9
+
+
+def test_the_largest_rate_lies_among_those_that_were_tried_and_ends_within_the_margin() -> None:
+    found = warmup._run(small_cell("warmup"))
+    tried = dict(map(tuple, found["tried"]))
+    assert tried[found["largest_lr"]] <= found["best_loss"] + warmup.MARGIN
+    assert found["best_loss"] == min(loss for loss in tried.values() if loss is not None)
+    assert {2.0**power for power in range(warmup.LOWEST, warmup.HIGHEST + 1)} <= tried.keys()
+
+
+def test_what_a_forward_keeps_is_counted_once_and_without_parameters() -> None:
+    found = cost._run(small_cell("cost"))
+    assert found["saved_bytes"]["layer"] > found["saved_bytes"]["none"] > 0
+    width = SMALL["cost"]["width"]
+    assert found["parameters"]["layer"] - found["parameters"]["rms"] == 3 * width  # two sublayers and the final norm
+
+
+def test_every_norm_of_the_small_network_learns_digits() -> None:
+    for norm in digits.NORMS:
+        cell = {**small_cell("batch-size"), "norm": norm, "epochs": 4}
+        assert batch_size._run(cell)["test_error"] < 0.5, norm
+
+
+# -------------------------------------------------------------------------------------- sentences from fixed records
+
+
+def fixed(name: str) -> list[dict[str, Any]]:
+    """Made-up measurements of the default grid, in figures that are easy to find again."""
+    made: dict[str, Any] = {
+        "warmup": lambda cell: {"largest_lr": 0.25 if cell["warmup"] else 0.125, "best_loss": 2.5},
+        "batch-size": lambda cell: {
+            "train_error": 0.01,
+            "test_error": 0.30 if (cell["norm"], cell["batch"]) == ("batch", 2) else 0.10,
+            "test_error_own_statistics": 0.20,
+        },
+        "running": lambda cell: {
+            "curve": [
+                {"step": step, "distance": 1 / step, "error": 0.9 / step, "exact_error": 0.05} for step in (1, 10, 100)
+            ],
+            "trusted_from": None if cell["decay"] == 0.999 else 40,
+            "end_distance": 0.01,
+            "end_error": 0.06,
+            "end_exact_error": 0.05,
+        },
+        "saturation": lambda cell: {
+            "first_saturated": 0.0 if cell["batchnorm"] else 0.6,
+            "last_saturated": 0.1,
+            "predicted": 0.0 if cell["batchnorm"] else 0.59,
+            "gradient_ratio": 0.5,
+            "end_loss": 1.0,
+            "test_error": 0.1 if cell["batchnorm"] else 0.9,
+        },
+        "padding": lambda cell: {
+            "padding": 0.75,
+            "eval_loss": 2.0 if cell["masked"] else 2.5,
+            "train_mode_loss": 2.0,
+            "gap": 0.0,
+            "more_padding": 0.0 if cell["masked"] else 0.125,
+        },
+        "cost": lambda cell: (
+            {
+                "step_ms": {"none": 10.0, "layer": 20.0, "rms": 15.0, "batch": 30.0, "group": 25.0},
+                "saved_bytes": dict.fromkeys(("none", "layer", "rms", "batch", "group"), 4_000_000),
+                "parameters": dict.fromkeys(("none", "layer", "rms", "batch", "group"), 1000),
+            }
+            if cell["what"] == "step"
+            else {
+                "alone_ms": {
+                    "layer forward": 1.0,
+                    "layer both": 2.0,
+                    "rms forward": 0.5,
+                    "rms both": 1.5,
+                    "copy": 0.25,
+                }
+            }
+        ),
+    }
+    return [{**cell, **made[name](cell)} for cell in STUDIES[name].cells(False)]
+
+
+SAID = {
+    "warmup": [
+        "At 6 blocks the largest learning rate that works is: pre 0.12 without and 0.25 with 25 steps of warm-up;"
+    ],
+    "batch-size": [
+        "From batch 128 to batch 2 BatchNorm's test error changes by +20.0 points; GroupNorm's by +0.0",
+        "At batch 2 BatchNorm has 30.0 % test error with its running statistics and 20.0 % with those of test batches",
+    ],
+    "running": [
+        "With decay 0.9 evaluation can be trusted from step 40 on; the start value weighs less than 1 % after 44 ",
+        "With decay 0.999 evaluation can be trusted from later than step 1200 on;",
+    ],
+    "saturation": [
+        "sigmoid, weights of standard deviation 3: 60.0 % of the first layer's units are saturated without and 0.0 %",
+        "tanh: of 6 initial standard deviations 0 end below 50 % test error without and 6 with BatchNorm.",
+    ],
+    "padding": ["Padded to 192 (75 % padding), evaluation ends at 2.500 nats per byte without a mask and 2.000 with"],
+    "cost": [
+        "A training step of 4 blocks takes 20.0 ms with LayerNorm, 15.0 with RMSNorm (-25.0 %) and 10.0 without a norm;",
+        "Alone, forward and backward, RMSNorm takes 0.75 to 0.75 of LayerNorm's time over 5 sizes;",
+    ],
+}
+
+
+@every_study
+def test_findings_hold_the_numbers_of_the_records(name: str) -> None:
+    found = STUDIES[name].findings(fixed(name))
+    for said in SAID[name]:
+        assert any(sentence.startswith(said) for sentence in found), found
+
+
+@every_study
+def test_figures_have_points_a_measure_and_their_data(name: str) -> None:
+    for figure in STUDIES[name].figures(fixed(name)):
+        assert figure.measured
+        assert figure.chart.rows
+        assert len(figure.chart.columns) == len(figure.chart.rows[0])
+        for panel in figure.chart.panels:
+            assert any(series.points for series in panel.series)
+            assert panel.x_label
+            assert panel.y_label
+
+
+# ----------------------------------------------------------------------------------------------- running and resuming
+
+
+def small_study(count: int = 2) -> Study:
+    cells = [{**small_cell("saturation"), "std": std} for std in (0.1, 0.3, 1.0)[:count]]
+    return replace(STUDIES["saturation"], cells=lambda thorough: cells)
+
+
+def test_a_study_resumes_and_runs_a_failed_cell_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"thorough": False, "jobs": 2, "fresh": False, "say": said.append}
+    bad = {**small_cell("saturation"), "activation": "relu"}
+    study = small_study()
+    broken = replace(study, cells=lambda thorough: [*study.cells(False), bad])
+    records = run_study(broken, tmp_path / "out", **options)
+    assert [record["status"] for record in records] == ["ok", "ok", "failed"]
+    assert records[2]["reason"].startswith("ValueError: saturation_threshold: activation must be")
+    before = (tmp_path / "out" / "records.jsonl").read_text()
+    said.clear()
+    again = run_study(broken, tmp_path / "out", **options)
+    assert said[0] == "saturation: 3 cells, 2 of them already done"
+    assert len(said) == 2
+    assert again[:2] == records[:2]
+    assert [json.loads(line)["key"] for line in before.splitlines()] == [
+        json.loads(line)["key"] for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_worker_measures_on_one_thread_and_says_how_long_it_took() -> None:
+    torch.set_num_threads(2)
+    record = measure("padding", "some key", small_cell("padding"))
+    assert torch.get_num_threads() == 2
+    assert record["status"] == "ok"
+    assert record["seconds"] > 0.0
+    assert record["settings"] == small_cell("padding")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of all studies on fixed records, one cell failed."""
+    folder = tmp_path_factory.mktemp("lab")
+    versions = {"normkit": "0", "torch": "0"}
+    records = {
+        name: [
+            {
+                "status": "ok",
+                "reason": None,
+                "settings": cell,
+                "measured": {k: v for k, v in made.items() if k not in cell},
+                "seconds": 1.5,
+                "versions": versions,
+            }
+            for cell, made in zip(STUDIES[name].cells(False), fixed(name), strict=True)
+        ]
+        for name in STUDIES
+    }
+    records["padding"][0] |= {"status": "failed", "reason": "MemoryError: <all> gone", "measured": {}}
+    return report_studies(records, folder, "normkit study all")
+
+
+def test_the_report_has_every_finding_figure_and_table(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, study in STUDIES.items():
+        records = fixed(name)[1 if name == "padding" else 0 :]
+        for sentence in study.findings(records):
+            assert sentence.replace("'", "&#39;") in text, sentence
+        assert f'id="{name}"' in text
+        assert text.count("data:text/csv") >= len(STUDIES)
+    assert "1 of 6 cells failed; the first: MemoryError: &lt;all&gt; gone" in text
+    assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http://www\.w3\.org/[^"\' ]*', "", text)
+    assert "normkit study all" in text
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_report_opens_and_its_tables_sort_in_chromium(page: Path, tmp_path: Path, width: int) -> None:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here: install it with apt-get install chromium")
+    script = (
+        "<script>addEventListener('load', () => {"
+        "const heads = document.querySelectorAll('#table-batch-size th[scope=col]');"
+        "const button = heads[4].querySelector('button') || heads[4]; button.click();"
+        "document.title = [document.querySelectorAll('svg').length, document.documentElement.scrollWidth <= innerWidth,"
+        "document.querySelector('#table-batch-size tbody tr td:nth-child(5)').textContent].join('|'); });</script>"
+    )
+    changed = tmp_path / "page.html"
+    changed.write_text(page.read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
+    options = ["--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+    command = [chromium, "--headless", "--no-sandbox", *options, f"--window-size={width},900", "--dump-dom"]
+    ran = subprocess.run([*command, changed.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in ran.stderr
+    title = re.search(r"<title>([^<]*)</title>", ran.stdout)
+    assert title is not None
+    figures, fits, first = title[1].split("|")
+    assert int(figures) >= 10
+    assert fits == "true"
+    assert first in ("0.100", "0.300")
+
+
+def test_a_table_entry_is_what_it_is() -> None:
+    assert lab._entry(True).text == "yes"
+    assert lab._entry(12).sort == 12
+    assert lab._entry(math.nan).sort is None
+    assert lab._entry(None).sort is None
+    assert lab._entry("pre").text == "pre"
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["dropout"],
+            "expected placement, warmup, batch-size, running, saturation, padding, cost or all, got 'dropout'",
+        ),
+        (["cost", "--norms", "rms"], "expected no --norms with cost, it is placement's; cost has a grid of its own"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_a_sentence(arguments: list[str], said: str) -> None:
+    ran = CliRunner().invoke(app, ["study", *arguments])
+    assert ran.exit_code == 2
+    assert "".join(said.split()) in "".join(ran.output.split())
+
+
+def test_the_command_runs_a_study_and_names_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDIES, "saturation", small_study(3))
+    arguments = ["study", "saturation", "--out", str(tmp_path / "lab"), "--jobs", "1"]
+    ran = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert ran.exit_code == 0, ran.output
+    report = tmp_path / "lab" / "saturation" / "report.html"
+    assert f"Report: {report}" in ran.output
+    assert "normkit study saturation" in report.read_text(encoding="utf-8")
+    again = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert "saturation: 3 cells, 3 of them already done" in again.output

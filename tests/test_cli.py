@@ -159,7 +159,7 @@ def test_a_study_that_is_killed_and_interrupted_resumes_to_the_records_of_one_th
     shown = read_terminal(ours)
     stderr = interrupted.communicate()[1]
     assert time.monotonic() - started < 10
-    assert (interrupted.returncode, stderr) == (130, "")
+    assert (interrupted.returncode, stderr) == (130, ""), shown
     wait_until(lambda: not any(map(running, helpers)), seconds=10)
     assert records_of(out)[: len(kept)] == kept, "what was done is not done again"
     count = len(records_of(out))

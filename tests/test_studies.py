@@ -175,7 +175,7 @@ SAID = {
         "At batch 2 BatchNorm has 30.0 % test error with its running statistics and 20.0 % with those of test batches",
     ],
     "running": [
-        "With decay 0.9 evaluation can be trusted from step 40 on; the start value weighs less than 1 % after 44 ",
+        "With decay 0.9 evaluation can be trusted from step 40 on; the start value weighs less than 1 %",
         "With decay 0.999 evaluation can be trusted from later than step 1200 on;",
     ],
     "saturation": [
@@ -184,7 +184,7 @@ SAID = {
     ],
     "padding": ["Padded to 192 (75 % padding), evaluation ends at 2.500 nats per byte without a mask and 2.000 with"],
     "cost": [
-        "A training step of 4 blocks takes 20.0 ms with LayerNorm, 15.0 with RMSNorm (-25.0 %) and 10.0 without a norm;",
+        "A training step of 4 blocks takes 20.0 ms with LayerNorm, 15.0 with RMSNorm (-25.0 %) and 10.0 without a",
         "Alone, forward and backward, RMSNorm takes 0.75 to 0.75 of LayerNorm's time over 5 sizes;",
     ],
 }

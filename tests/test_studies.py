@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +239,27 @@ def test_a_study_resumes_and_runs_a_failed_cell_again(tmp_path: Path) -> None:
     assert [json.loads(line)["key"] for line in before.splitlines()] == [
         json.loads(line)["key"] for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups here")
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "lab"
+    command = [sys.executable, "-m", "normkit.cli", "study", "saturation", "--out", str(out), "--jobs", "2"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    records = out / "saturation" / "records.jsonl"
+    deadline = time.monotonic() + 120
+    while not records.exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=60)
+    assert (running.returncode, stderr) == (130, ""), stdout
+    assert "Stopped; what is done is kept in" in stdout
+    assert "normkit study saturation --out" in stdout.replace("\n", " ")
+    kept = [json.loads(line) for line in records.read_text().splitlines()]
+    assert 1 <= len(kept) < 24
+    assert {record["status"] for record in kept} == {"ok"}
 
 
 def test_a_worker_measures_on_one_thread_and_says_how_long_it_took() -> None:

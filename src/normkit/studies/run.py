@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -65,7 +66,8 @@ def _measured(name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> 
     """Records as they come. A pool whose process died is replaced; the cell that it had is failed."""
     waiting = list(pending)
     while waiting:
-        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts_to_the_parent)
         try:
             running: dict[Future[Kept], tuple[str, Settings]] = {}
             while waiting or running:
@@ -87,6 +89,10 @@ def _measured(name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> 
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((getattr(pool, "_processes", None) or {}).values()):
                 process.kill()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
 
 
 def measure(name: str, cell_key: str, settings: Settings) -> Kept:

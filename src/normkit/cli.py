@@ -90,7 +90,7 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="placement; warmup, batch-size, running, saturation, padding or cost; or all of those six."
+            help="placement; warmup, batch-size, running, saturation, padding, cost or claims; or all of those seven."
         ),
     ] = "placement",
     norms: Annotated[str, typer.Option(help=f"Of {', '.join(NORMS)}, with commas.")] = "none,batch,layer,rms",

@@ -82,6 +82,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def hear_interrupts() -> None:
+    """A suite that a shell runs in the background was told to ignore them, and its children with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -149,8 +154,9 @@ def test_a_study_that_is_killed_and_interrupted_resumes_to_the_records_of_one_th
     # Ctrl-C on a terminal: it goes to the whole process group
     ours, theirs = os.openpty()
     interrupted = subprocess.Popen(
-        command(TINY, out), stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command(TINY, out), stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
     os.close(theirs)
     wait_until(lambda: len(records_of(out)) > len(kept))
     helpers = children(interrupted.pid)

@@ -279,9 +279,10 @@ def test_a_study_resumes_and_runs_a_failed_cell_again(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "lab"
     command = [sys.executable, "-m", "normkit.cli", "study", "saturation", "--out", str(out), "--jobs", "2"]
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a suite that a shell runs in the background was told to ignore interrupts, and its children with it
+    hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    running = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hears)
     records = out / "saturation" / "records.jsonl"
     deadline = time.monotonic() + 120
     while not records.exists() and time.monotonic() < deadline and running.poll() is None:

@@ -1,9 +1,9 @@
-"""How the Triton channel kernels go through (B, C, S): the two memory formats, folded samples, and units of strides.
+"""How the channel kernels go through (B, C, S): the two memory formats; for Triton folded samples and units of strides.
 
-Here: `in_lines`, `in_layout`, `empty` for tensors; `geometry`, `strides`, `in_units`, pure functions of shapes and
-strides.
+Here: `in_lines`, `in_layout`, `empty` for tensors on any device; `dense`, `geometry`, `strides`, `in_units`, pure
+functions of shapes and strides.
 May import: torch.
-Read next: triton_channels.py, which launches.
+Read next: cpu.py, which calls the core; triton_channels.py, which launches.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ def in_layout(x: Tensor, channels_last: bool) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
+def dense(shape: Shape, channels_last: bool) -> Strides:
+    """The strides of (B, C, S) without gaps."""
+    _, channels, space = shape
+    return (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
+
+
 def empty(like: Tensor, channels_last: bool) -> Tensor:
-    """New dense memory of `like`'s shape and dtype."""
-    batch, channels, space = like.shape
-    strides = (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
-    return torch.empty_strided((batch, channels, space), strides, dtype=like.dtype, device=like.device)
+    """New dense memory of `like`'s shape and dtype on its device, which need not be the default one."""
+    strides = dense(like.shape, channels_last)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
 def geometry(shape: Shape, of_strides: tuple[Strides, ...], channels_last: bool, foldable: bool) -> Lines:

@@ -3,7 +3,7 @@
 Plain contiguous tensors take a shorter way, the whole call in C++ (csrc/calls.cpp); it answers None for the others.
 Both ways run the same kernels, to the same bits.
 
-May import: torch, normkit._core, reference (for the name of a count).
+May import: torch, normkit._core, reference (for the name of a count), channel_lines.
 Read next: csrc/rows.h, the arithmetic; _core.pyi, the signatures.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
+from normkit.kernels.channel_lines import dense, empty, in_layout, in_lines
 from normkit.reference import Count
 
 recorders: dict[str, Callable[..., Any]] = {}  # autograd.py's, for calls.cpp
@@ -252,31 +253,11 @@ def rows_backward(
 # ------------------------------------------------------------------------------------------ channels
 
 
-def _in_lines(x: Tensor) -> tuple[Tensor, bool]:
-    """x (B, C, S) with one contiguous axis of the two fast layouts, and whether it is channels-last."""
-    _, channels, space = x.shape
-    _, channel_stride, space_stride = x.stride()
-    if space_stride == 1 and space > 1:
-        return x, False
-    if channel_stride == 1 or channels == 1:
-        return x, True
-    return x.contiguous(), space == 1
-
-
-def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself if its lines lie as asked, or else a copy."""
-    if channels_last:
-        return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
-
-
 def _empty(like: Tensor, channels_last: bool) -> Tensor:
     """New dense memory of `like`'s shape and dtype: a kept block where it is large and `like` lies as asked."""
-    batch, channels, space = like.shape
-    strides = (space * channels, 1, channels) if channels_last else (channels * space, space, 1)
-    if like.stride() == strides and (kept := _core.empty_like(like)) is not None:
+    if like.stride() == dense(like.shape, channels_last) and (kept := _core.empty_like(like)) is not None:
         return kept
-    return torch.empty_strided((batch, channels, space), strides, dtype=like.dtype, device="cpu")  # not the default one
+    return empty(like, channels_last)
 
 
 def _lines(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
@@ -301,7 +282,7 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, int]:
 
 def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Count, Tensor, Tensor]:
     """`reference.channels_moments`; mean and m2 in float64."""
-    x, channels_last = _in_lines(x)
+    x, channels_last = in_lines(x)
     batch, channels, space = x.shape
     mask, mask_address = _mask(mask)
     count: Count
@@ -331,7 +312,7 @@ def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[
 def channels_affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, mask: Tensor | None) -> Tensor:
     """`reference.channels_affine`."""
     dtype = x.dtype
-    x, channels_last = _in_lines(x)
+    x, channels_last = in_lines(x)
     mask, mask_address = _mask(mask)
     center, center_stride = _values(center, dtype)
     scale, scale_stride = _values(scale, dtype)
@@ -363,8 +344,8 @@ def channels_backward_moments(
 ) -> tuple[Tensor, Tensor]:
     """`reference.channels_backward_moments`, in float64."""
     dtype = x.dtype
-    x, channels_last = _in_lines(x)
-    dout = _in_layout(dout if dout.dtype == dtype else dout.to(dtype), channels_last)
+    x, channels_last = in_lines(x)
+    dout = in_layout(dout if dout.dtype == dtype else dout.to(dtype), channels_last)
     batch, channels, space = x.shape
     mask, mask_address = _mask(mask)
     center, center_stride = _values(center, dtype)
@@ -404,15 +385,15 @@ def channels_backward_affine(
     mask, mask_address = _mask(mask)
     a, a_stride = _values(a, dtype)
     if b is None:
-        dout, channels_last = _in_lines(dout)
+        dout, channels_last = in_lines(dout)
         x_lines = (0, 0, 0)
         vectors = (0, 0, _address(a), a_stride, 0, 0, 0, 0)
     else:
         assert x is not None
         assert center is not None
         assert c is not None
-        x, channels_last = _in_lines(x if x.dtype == dtype else x.to(dtype))
-        dout = _in_layout(dout, channels_last)
+        x, channels_last = in_lines(x if x.dtype == dtype else x.to(dtype))
+        dout = in_layout(dout, channels_last)
         x_lines = _lines(x, channels_last)
         center, center_stride = _values(center, dtype)
         b, b_stride = _values(b, dtype)

@@ -24,14 +24,10 @@ from normkit.kernels.batch_norm_kernels import (
 )
 from normkit.kernels.channel_lines import empty, in_layout, in_lines
 from normkit.kernels.triton_channels import affine, partial_moments, partial_sums
-from normkit.kernels.triton_run import ACCUMULATION, Launcher, triton_dtype
+from normkit.kernels.triton_run import ACCUMULATION, Launcher, contiguous, triton_dtype
 from normkit.reference import Count
 
 _BLOCK_C = 128  # channels of the kernels that work on vectors
-
-
-def _optional(values: Tensor | None) -> Tensor | None:
-    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +84,7 @@ def batch_norm_forward(
     splits = partial.shape[1]
     launcher = _forward_launcher(float(eps), guarded, *launch.merging(splits, alone=True))
     pointers = (
-        partial, _optional(weight), _optional(bias), running_mean, running_var, mean, rstd, center, scale, shift,
+        partial, contiguous(weight), contiguous(bias), running_mean, running_var, mean, rstd, center, scale, shift,
         counted, tracked, refused,
     )  # fmt: skip
     launcher.launch(x.get_device(), (1,), pointers, (splits, channels, *_split_float(momentum)))
@@ -124,7 +120,7 @@ def batch_norm_with_running(
     channels = x.shape[1]
     vectors = torch.empty((5, channels), dtype=ACCUMULATION[x.dtype], device=x.device).unbind()
     mean, rstd, center, scale, shift = vectors
-    pointers = (_optional(running_mean), _optional(running_var), _optional(weight), _optional(bias), *vectors)
+    pointers = (contiguous(running_mean), contiguous(running_var), contiguous(weight), contiguous(bias), *vectors)
     _stored_launcher(float(eps)).launch(x.get_device(), (-(-channels // _BLOCK_C),), pointers, (channels,))
     out = empty(x, channels_last)
     affine(x, None, mask, (center, scale, shift, None), 0, out, channels_last)
@@ -146,7 +142,7 @@ def batch_norm_backward(
     x, channels_last = in_lines(x)
     dout = in_layout(dout, channels_last)
     channels, acc = x.shape[1], ACCUMULATION[x.dtype]
-    weight, mean, rstd = _optional(weight), mean.contiguous(), rstd.contiguous()
+    weight, mean, rstd = contiguous(weight), mean.contiguous(), rstd.contiguous()
     a, b, c = torch.empty((3, channels), dtype=acc, device=x.device).unbind()
     gradients: list[Tensor | None] = [None, None]
     if needs[1]:

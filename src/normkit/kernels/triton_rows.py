@@ -21,7 +21,15 @@ from normkit.kernels.cpu import _empty_rows, _in_rows
 from normkit.kernels.launch import RowTile
 from normkit.kernels.long_row_kernels import long_dx_kernel, long_forward_kernel, long_parameters_kernel
 from normkit.kernels.row_kernels import backward_kernel, forward_kernel, sum_kernel
-from normkit.kernels.triton_run import ACCUMULATION, SCALES, Launcher, multiprocessors, shared_bytes, triton_dtype
+from normkit.kernels.triton_run import (
+    ACCUMULATION,
+    SCALES,
+    Launcher,
+    contiguous,
+    multiprocessors,
+    shared_bytes,
+    triton_dtype,
+)
 
 _Axes = tuple[int, int, int]  # inner, outer stride, inner stride; see kernels.cpu._in_rows
 _ABSENT = (1, 0, 0)
@@ -38,10 +46,6 @@ def _strided(x: Tensor) -> tuple[Tensor, _Axes, bool]:
 
 def _optional(x: Tensor | None) -> tuple[Tensor | None, _Axes, bool]:
     return (None, _ABSENT, False) if x is None else _strided(x)
-
-
-def _parameter(values: Tensor | None) -> Tensor | None:
-    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
 class _Plan(NamedTuple):
@@ -95,7 +99,7 @@ def rows_forward(
         shape[-1], dtype, centered, float(eps), float(weight_offset), total is not None, (x_two, residual_two),
         x.get_device(),
     )  # fmt: skip
-    pointers = (x, residual, _parameter(weight), _parameter(bias), out, total, mean, rstd)
+    pointers = (x, residual, contiguous(weight), contiguous(bias), out, total, mean, rstd)
     if plan.tile.block < shape[-1]:
         plan.launcher.launch(plan.device, (rows,), pointers, x_axes + residual_axes)
     else:
@@ -177,7 +181,7 @@ def rows_backward(
         rstd = rstd.to(acc).contiguous()
     if mean is not None and (mean.dtype != acc or not mean.is_contiguous()):
         mean = mean.to(acc).contiguous()
-    weight = _parameter(weight)
+    weight = contiguous(weight)
     dx = _empty_rows(total) if needs[0] else None
     gradients = [rstd.new_empty(size, dtype=narrow or acc) if need else None for need in needs[1:]]
     rows, device = rstd.numel(), total.get_device()

@@ -1,6 +1,6 @@
 """What every Triton kernel needs around it: a launch on the tensors' device, and what the device is.
 
-Here: `Launcher`, `multiprocessors`, `shared_bytes`, `triton_dtype`.
+Here: `Launcher`, `contiguous`, `multiprocessors`, `shared_bytes`, `triton_dtype`.
 May import: torch, triton.
 Read next: triton_rows.py and triton_channels.py, which launch.
 """
@@ -50,6 +50,11 @@ _leave: Any = triton.knobs.runtime.launch_exit_hook if _REUSES else None
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The accumulation dtype for input of `dtype`, as a kernel's constexpr."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def contiguous(values: Tensor | None) -> Tensor | None:
+    """`values.contiguous()` where there are any, asked for only where memory does not lie so."""
+    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
 def multiprocessors(device: int) -> int:

@@ -1,6 +1,6 @@
 """The command line: `normkit study`, `normkit report`, `normkit info`, `normkit explain`.
 
-Here: flags, the progress display, what is printed. The work is done in study and report.
+Here: flags, what is printed, what an interrupt leaves. The work is done in study, studies and report.
 May import: any public module; report, which brings matplotlib, only inside the commands.
 Read next: study/plan.py.
 """
@@ -10,30 +10,30 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import normkit
 from normkit.explain.command import explain_command
 from normkit.kernels import cpu
 from normkit.placement import PLACEMENT_NAMES
-from normkit.studies.command import other_studies
+from normkit.studies import STUDIES
 from normkit.study import data
-from normkit.study.clock import TimeLeft
-from normkit.study.grid import NORMS, Cell, Settings
+from normkit.study.cluster import Cluster
+from normkit.study.grid import NORMS, Settings
 from normkit.study.plan import Study
+from normkit.study.progress import say, watcher
 from normkit.study.records import Record, RecordStore, read_records, read_study
-from normkit.study.run import Watcher, default_jobs
+from normkit.study.run import default_jobs
 
 app = typer.Typer(
     help="Normalization in deep networks: a study of what it does, and the layers it runs on.",
@@ -60,6 +60,8 @@ def _real_number(given: str) -> float:
     except ValueError:
         raise typer.BadParameter(f"expected a number, got {given!r}") from None
 
+
+_OF_EVERY_STUDY = ("context", "name", "thorough", "jobs", "ray", "out", "resume")
 
 # typer's own sentence for these does not say what came
 _WHOLE: Any = {"parser": _whole_number, "metavar": "<int>"}
@@ -89,14 +91,15 @@ def study(
     context: typer.Context,
     name: Annotated[
         str,
-        typer.Argument(
-            help="placement; warmup, batch-size, running, saturation, padding, cost or claims; or all of those seven."
-        ),
+        typer.Argument(help=f"placement, {', '.join(STUDIES)}, or all of them in one report."),
     ] = "placement",
     norms: Annotated[str, typer.Option(help=f"Of {', '.join(NORMS)}, with commas.")] = "none,batch,layer,rms",
     placements: Annotated[str, typer.Option(help=f"Of {', '.join(PLACEMENT_NAMES)}, with commas.")] = "pre,post",
     depths: Annotated[str, typer.Option(help="Numbers of transformer blocks, with commas.")] = "2,12",
-    seeds: Annotated[str, typer.Option(help="Seeds of weights and batches, with commas.")] = "0",
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds of weights and batches, with commas.  [default: 0; with --thorough 0 to 4]"),
+    ] = None,
     steps: Annotated[int, typer.Option(**_WHOLE, help="Training steps of each cell.")] = 200,
     lr: Annotated[float, typer.Option(**_REAL, help="Learning rate of AdamW.")] = 3e-3,
     warmup: Annotated[
@@ -108,30 +111,32 @@ def study(
     seq: Annotated[int, typer.Option(**_WHOLE, help="Bytes in a sequence.")] = 64,
     init: Annotated[str, typer.Option(help="Initialisation: xavier, torch or gpt2.")] = "xavier",
     text: Annotated[Path | None, typer.Option(help="A file to learn.  [default: the Python library's sources]")] = None,
-    jobs: Annotated[int | None, typer.Option(**_WHOLE, help="Worker processes.  [default: cores / threads]")] = None,
+    jobs: Annotated[int | None, typer.Option(**_WHOLE, help="Cells at a time.  [default: cores / threads]")] = None,
     threads: Annotated[int, typer.Option(**_WHOLE, help="Threads of each worker.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Run on Ray: local starts one here; host:port, or auto, is a cluster that runs.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = Path("normkit-study"),
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on, or move the old records aside.")] = True,
     thorough: Annotated[
-        bool, typer.Option(help="The other studies in their long form: more seeds, more steps.")
+        bool, typer.Option(help="The long form: more seeds; of the other studies more steps or settings, too.")
     ] = False,
 ) -> None:
     """Train small language models with each norm in each placement, and report what it did to them.
 
-    Other studies have their own grids; of the flags below they take --thorough, --jobs, --out and --resume.
+    Other studies have their own grids; of the flags below they take --thorough, --jobs, --ray, --out and --resume.
 
     Each cell's record is kept the moment it is done: Ctrl-C, or worse, loses only the cells that were running, and
     the same command goes on from there.
     """
-    if name != "placement":
-        other_studies(context, name, thorough=thorough, jobs=jobs or default_jobs(1), out=out, fresh=not resume)
-        return
+    _expect_a_study(context, name)
+    records: list[Record] = []
     with _flag_errors():
         settings = Settings(
             norms=_words(norms),
             placements=_words(placements),
             depths=_numbers("depths", depths),
-            seeds=_numbers("seeds", seeds),
+            seeds=_numbers("seeds", seeds or ("0,1,2,3,4" if thorough else "0")),
             steps=steps,
             lr=lr,
             warmup=max(steps, 0) // 10 if warmup is None else warmup,
@@ -143,34 +148,82 @@ def study(
             jobs=default_jobs(max(threads, 1)) if jobs is None else jobs,
             threads=threads,
         )
-        corpus = _corpus(text, seq)
-        store = _store(out, fresh=not resume)
-    with store:
-        _run_and_report(Study(settings, corpus, store, command=_command(sys.argv[1:]), backend=_backend(threads)))
+        corpus = _corpus(text, seq) if name in ("placement", "all") else None
+        cluster = None if ray is None else Cluster(ray)
+    with cluster or nullcontext():
+        if cluster is not None and jobs is None:
+            settings = replace(settings, jobs=max(1, cluster.cores // threads))
+        if corpus is not None:
+            folder = out if name == "placement" else out / "placement"
+            records += _placement(settings, corpus, folder, fresh=not resume, cluster=cluster)
+        if name != "placement":
+            records += _others(name, settings.jobs, out, thorough=thorough, fresh=not resume, cluster=cluster)
+    failed = [record for record in records if record["status"] == "failed"]
+    if failed:
+        count = f"{len(failed)} of {len(records)} cells"
+        say(_console(), f"{count} failed; the same command runs them again. The first:\n  {failed[0]['reason']}")
+        raise typer.Exit(1)
 
 
-def _run_and_report(study: Study) -> None:
+def _placement(
+    settings: Settings, corpus: data.Corpus, folder: Path, *, fresh: bool, cluster: Cluster | None
+) -> list[Record]:
+    """Run the study of placements and write its report; the records of all cells."""
     from normkit import report
 
     console = _console()
-    _print(console, _opening(study))
-    try:
-        with _terminate_as_interrupt():
-            with _watcher(console, study) as watcher:
-                study.run(watcher)
-            path = report.write(study.store.folder)
-    except KeyboardInterrupt as interrupt:
-        kept = f"{study.done} of {len(study.cells)} cells are kept in {study.store.folder}"
-        _print(console, f"Stopped; {kept}. Go on with:")
-        _print(console, f"  {_command([argument for argument in sys.argv[1:] if argument != '--fresh'])}")
-        raise typer.Exit(143 if isinstance(interrupt, _Terminated) else 130) from None
-    _print_summary(console, study.records)
-    _print(console, f"Report: {path}")
-    failed = [record for record in study.records if record["status"] == "failed"]
-    if failed:
-        count = f"{len(failed)} of {len(study.cells)} cells"
-        _print(console, f"{count} failed; the same command runs them again. The first:\n  {failed[0]['reason']}")
-        raise typer.Exit(1)
+    with _flag_errors():
+        store = _store(folder, fresh=fresh)
+    with store:
+        words = {"command": _command(sys.argv[1:]), "backend": _backend(settings.threads)}
+        study = Study(settings, corpus, store, cluster=cluster, **words)
+        say(console, _opening(study))
+        with _interruptible(console, lambda: f"{study.done} of {len(study.cells)} cells are kept in {folder}"):
+            with watcher(console, study) as watching:
+                study.run(watching)
+            path = report.write(folder)
+        _print_summary(console, study.records)
+        say(console, f"Report: {path}")
+        return study.records
+
+
+def _others(name: str, jobs: int, out: Path, *, thorough: bool, fresh: bool, cluster: Cluster | None) -> list[Record]:
+    """Run another study, or all of them, and write their report; the records of all cells."""
+    from normkit.studies.run import report_studies, run_study
+
+    console = _console()
+    records = {}
+    with _interruptible(console, lambda: f"what is done is kept in {out}"):
+        for each in STUDIES if name == "all" else (name,):
+            with _flag_errors():
+                records[each] = run_study(
+                    STUDIES[each], out / each, thorough=thorough, jobs=jobs, fresh=fresh, cluster=cluster,
+                    say=lambda line: say(console, line),
+                )  # fmt: skip
+        command = _command(["study", name, *(["--thorough"] if thorough else [])])
+        if name == "all":
+            from normkit.report.placement import placement_section
+
+            path = report_studies(records, out, command, first=(placement_section(out / "placement"),))
+        else:
+            path = report_studies(records, out / name, command)
+    say(console, f"Report: {path}")
+    return [record for kept in records.values() for record in kept]
+
+
+def _expect_a_study(context: typer.Context, name: str) -> None:
+    """One that there is, and no flag of another one."""
+    if name not in ("placement", *STUDIES, "all"):
+        raise typer.BadParameter(f"expected placement, {', '.join(STUDIES)} or all, got {name!r}", param_hint="NAME")
+    if name == "placement":
+        return
+    for parameter in context.params:
+        given = context.get_parameter_source(parameter)
+        if parameter not in _OF_EVERY_STUDY and given is not None and given.name == "COMMANDLINE":
+            flag = f"--{parameter}"
+            raise typer.BadParameter(
+                f"expected no {flag} with {name}, it is placement's; {name} has a grid of its own", param_hint=flag
+            )
 
 
 @app.command("report")
@@ -190,7 +243,7 @@ def report_command(
     by_key = {record["key"]: record for record in read_records(folder / "records.jsonl")[0]}
     console = _console()
     _print_summary(console, [by_key[key] for key in read_study(folder).get("keys", by_key) if key in by_key])
-    _print(console, f"Report: {path}")
+    say(console, f"Report: {path}")
 
 
 @app.command()
@@ -261,6 +314,18 @@ def _backend(threads: int) -> str:
     return f"{name}{isa}, {threads} thread{'s' if threads > 1 else ''} a worker"
 
 
+@contextmanager
+def _interruptible(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with what is kept and how to go on."""
+    try:
+        with _terminate_as_interrupt():
+            yield
+    except KeyboardInterrupt as interrupt:
+        again = _command([argument for argument in sys.argv[1:] if argument != "--fresh"])
+        say(console, f"Stopped; {kept()}. Go on with:\n  {again}")
+        raise typer.Exit(143 if isinstance(interrupt, _Terminated) else 130) from None
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
@@ -286,10 +351,6 @@ def _console() -> Console:
     return Console(force_terminal=terminal, width=None if terminal else 200, highlight=False)
 
 
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
-
-
 def _opening(study: Study) -> str:
     done, settings = study.done, study.settings
     kept = f", {done} of them already done" if done else ""
@@ -312,105 +373,6 @@ def _print_summary(console: Console, records: list[Record]) -> None:
     console.print()
     console.print(table, markup=False)
     console.print()
-
-
-def _outcome(record: Record) -> str:
-    """What a finished cell's line says."""
-    if record["status"] == "failed":
-        return f"failed: {record['reason']}"
-    loss = "no loss" if record["val_loss"] is None else f"loss {record['val_loss']:.3f}"
-    return f"{record['status']}, {loss} (guessing {record['guess_loss']:.3f}), {record['seconds']:.1f} s"
-
-
-def _watcher(console: Console, study: Study) -> _Lines | _Bars:
-    return _Bars(console, study) if console.is_terminal and not console.is_dumb_terminal else _Lines(console, study)
-
-
-class _Lines(Watcher, AbstractContextManager[Watcher]):
-    """Progress as plain lines, for logs: one for each finished cell, and now and then one in between."""
-
-    def __init__(self, console: Console, study: Study) -> None:
-        self._console, self._study = console, study
-        self._time_left = TimeLeft([], {}, 1)
-        self._said = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def timing(self, done: int, total: int) -> None:
-        if done == 1:
-            self._say("Measuring seconds per step, one configuration at a time ...")
-
-    def planned(self, cells: list[Cell], seconds_per_step: dict[Cell, float | None]) -> None:
-        self._time_left = TimeLeft(cells, seconds_per_step, self._study.settings.jobs)
-        self._say(f"Training; about {self._time_left} left")
-
-    def stepped(self, cell: Cell, step: int, loss: float) -> None:
-        self._time_left.at(cell, step)
-        if time.monotonic() - self._said > 30:
-            self._say(f"  {cell.label}: step {step} of {cell.steps}, loss {loss:.3f}; {self._time_left} left")
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        self._time_left.at(cell, cell.steps)
-        count = f"[{self._study.done}/{len(self._study.cells)}]"
-        self._say(f"{count} {cell.label}: {_outcome(record)}; {self._time_left} left")
-
-    def _say(self, line: str) -> None:
-        _print(self._console, line)
-        self._said = time.monotonic()
-
-
-class _Bars(Watcher, AbstractContextManager[Watcher]):
-    """Progress on a terminal: a bar for the study, one for each running cell, a line for each that is done."""
-
-    def __init__(self, console: Console, study: Study) -> None:
-        self._console, self._study = console, study
-        self._time_left = TimeLeft([], {}, 1)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-        )
-        self._all = self._progress.add_task("starting", total=1, unit="rounds", note="")
-        self._bars: dict[Cell, TaskID] = {}
-
-    def __enter__(self) -> Watcher:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def timing(self, done: int, total: int) -> None:
-        self._progress.update(
-            self._all, completed=done, total=total, description="seconds per step", note="one configuration at a time"
-        )
-
-    def planned(self, cells: list[Cell], seconds_per_step: dict[Cell, float | None]) -> None:
-        self._time_left = TimeLeft(cells, seconds_per_step, self._study.settings.jobs)
-        self._progress.reset(self._all, description="study", total=len(self._study.cells), unit="cells", note="")
-        self._show_total()
-
-    def started(self, cell: Cell) -> None:
-        self._bars[cell] = self._progress.add_task(f"  {cell.label}", total=cell.steps, unit="steps", note="")
-
-    def stepped(self, cell: Cell, step: int, loss: float) -> None:
-        self._time_left.at(cell, step)
-        self._progress.update(self._bars[cell], completed=step, note=f"loss {loss:.3f}")
-        self._show_total()
-
-    def finished(self, cell: Cell, record: Record) -> None:
-        self._time_left.at(cell, cell.steps)
-        self._progress.remove_task(self._bars.pop(cell))
-        _print(self._console, f"{cell.label}: {_outcome(record)}")
-        self._show_total()
-
-    def _show_total(self) -> None:
-        self._progress.update(self._all, completed=self._study.done, note=f"{self._time_left} left")
 
 
 if __name__ == "__main__":

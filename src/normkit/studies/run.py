@@ -1,7 +1,7 @@
 """Run a study's cells, keep every record the moment it is there, and write the report.
 
 Here: run_study, report_studies.
-May import: study (its record store), report, protocol.
+May import: study (its record store, its cluster), report, protocol.
 Read next: protocol.py.
 """
 
@@ -23,7 +23,9 @@ from normkit import __version__
 from normkit.report import lab
 from normkit.studies import STUDIES
 from normkit.studies.protocol import Settings, Study
+from normkit.study.cluster import Cluster, why
 from normkit.study.records import RecordStore
+from normkit.study.worker import sentence
 
 Kept = dict[str, Any]  # a line of records.jsonl
 Say = Callable[[str], None]
@@ -35,11 +37,13 @@ def key(study: str, settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_study(study: Study, folder: Path, *, thorough: bool, jobs: int, fresh: bool, say: Say) -> list[Kept]:
+def run_study(
+    study: Study, folder: Path, *, thorough: bool, jobs: int, fresh: bool, say: Say, cluster: Cluster | None = None
+) -> list[Kept]:
     """The study's records in the order of its cells; those that the folder holds are not measured again.
 
-    Cells run in `jobs` processes of one thread each. A cell that raises is kept as failed, with the reason, and runs
-    again the next time; so does one whose process dies.
+    Cells run in `jobs` processes of one thread each, here or on a Ray cluster. A cell that raises is kept as failed,
+    with the reason, and runs again the next time; so does one whose process dies.
 
     Raises:
         ValueError: the folder cannot be used.
@@ -50,7 +54,9 @@ def run_study(study: Study, folder: Path, *, thorough: bool, jobs: int, fresh: b
         pending = [(k, settings) for k, settings in zip(keys, cells, strict=True) if store.done(k) is None]
         done = len(cells) - len(pending)
         say(f"{study.name}: {len(cells)} cells, {done} of them already done")
-        for record in _measured(study.name, pending, jobs):
+        for record in (
+            _measured(study.name, pending, jobs) if cluster is None else _on(cluster, study.name, pending, jobs)
+        ):
             done += 1
             kept = store.add(record)
             what = f"failed: {kept['reason']}" if kept["status"] == "failed" else f"{kept['seconds']:.1f} s"
@@ -91,6 +97,13 @@ def _measured(name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> 
                 process.kill()
 
 
+def _on(cluster: Cluster, name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> Iterator[Kept]:
+    """Records as they come from a Ray cluster."""
+    for index, future in cluster.results(measure, [(name, *cell) for cell in pending], jobs=jobs, threads=1):
+        error = future.exception()
+        yield future.result() if error is None else _record(name, *pending[index], {}, None, sentence(why(error)))
+
+
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
 
@@ -103,8 +116,7 @@ def measure(name: str, cell_key: str, settings: Settings) -> Kept:
     try:
         found = STUDIES[name].run(settings)
     except Exception as error:  # whatever a cell raises is its own failure, not the study's
-        first = (str(error).strip().splitlines() or [""])[0]
-        return _record(name, cell_key, settings, {}, None, f"{type(error).__name__}: {first}")
+        return _record(name, cell_key, settings, {}, None, sentence(error))
     finally:
         torch.set_num_threads(threads)
     return _record(name, cell_key, settings, found, time.perf_counter() - begin, None)

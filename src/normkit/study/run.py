@@ -1,7 +1,7 @@
 """Run cells in local worker processes and keep every record the moment it is there.
 
-Here: run_cells, Watcher (what a display may follow), default_jobs, machine.
-May import: study.{data, grid, records, train, worker}.
+Here: run_cells, run_cells_on (a Ray cluster), Watcher (what a display may follow), default_jobs, machine.
+May import: study.{cluster, data, grid, records, train, worker}.
 Read next: worker.py, the other end of the pipes; cli.py, which shows what a Watcher is told.
 """
 
@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from normkit.study import worker
+from normkit.study.cluster import Cluster, why
 from normkit.study.data import Corpus, guess_loss, spaced_batches
 from normkit.study.grid import Cell
 from normkit.study.records import Record, RecordStore, new_record
@@ -79,6 +80,40 @@ def run_cells(
         for one in pool:
             one.process.join()
             one.connection.close()
+
+
+def run_cells_on(
+    cluster: Cluster,
+    cells: list[Cell],
+    corpus: Corpus,
+    store: RecordStore,
+    *,
+    jobs: int,
+    threads: int,
+    watcher: Watcher,
+) -> None:
+    """`run_cells` on a Ray cluster; a running cell tells nothing before it is done.
+
+    The seconds per step are measured by one task before all others; on another kind of node they would be others.
+    """
+    pending = sorted((cell for cell in cells if store.done(cell.key) is None), key=lambda cell: -cell.depth)
+    if not pending:
+        return
+    text = cluster.put(corpus)
+    configurations = list(dict.fromkeys(cell.configuration for cell in pending))
+    watcher.timing(1, 1)
+    _, timed = next(cluster.results(worker.time_here, [(text, configurations, threads)], jobs=1, threads=threads))
+    times = [None] * len(configurations) if timed.exception() is not None else timed.result()
+    seconds_per_step = dict(zip(configurations, times, strict=True))
+    watcher.planned(pending, seconds_per_step)
+    calls = [(text, cell, seconds_per_step[cell.configuration], threads) for cell in pending]
+    done = cluster.results(
+        worker.run_here, calls, jobs=jobs, threads=threads, started=lambda index: watcher.started(pending[index])
+    )
+    for index, future in done:
+        cell, error = pending[index], future.exception()
+        record = future.result() if error is None else _failed(threads, cell, corpus, worker.sentence(why(error)))
+        watcher.finished(cell, store.add(record))
 
 
 def default_jobs(threads: int) -> int:
@@ -180,17 +215,17 @@ def _handle(
         watcher.stepped(cell, message[1], message[2])
         return
     if isinstance(message, _Died):
-        record = _failed(one, cell, corpus, message.sentence)
+        record = _failed(one.threads, cell, corpus, message.sentence)
     else:
-        record = message[1] if message[0] == "done" else _failed(one, cell, corpus, message[1])
+        record = message[1] if message[0] == "done" else _failed(one.threads, cell, corpus, message[1])
     one.cell = None
     watcher.finished(cell, store.add(record))
 
 
-def _failed(one: _Worker, cell: Cell, corpus: Corpus, sentence: str) -> Record:
+def _failed(threads: int, cell: Cell, corpus: Corpus, sentence: str) -> Record:
     scored = spaced_batches(corpus.held_out, cell.batch, cell.seq, VALIDATION_BATCHES)
     record = new_record(cell, guess_loss(corpus.train, scored), None)
-    return record | {"status": "failed", "reason": sentence, "threads": one.threads}
+    return record | {"status": "failed", "reason": sentence, "threads": threads}
 
 
 def _death(exitcode: int | None) -> str:

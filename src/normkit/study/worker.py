@@ -1,7 +1,8 @@
 """The child's side of the study: a process that runs one cell after another as its parent asks.
 
-Here: main, the entry point of a worker process, and the messages that go over its pipe.
-May import: torch, study.{data, grid, train}.
+Here: main, the entry point of a worker process, and the messages that go over its pipe; time_here and run_here, the
+    same work as single tasks.
+May import: torch, study.{data, grid, records, train}.
 Read next: run.py, the parent's side.
 
 Messages to a worker are ("time", cells) and ("run", cell, seconds_per_step); what comes back is ("round", done, total)
@@ -21,6 +22,8 @@ import torch
 
 from normkit.study import train
 from normkit.study.data import Corpus
+from normkit.study.grid import Cell
+from normkit.study.records import Record
 
 _SECONDS_BETWEEN_STEPS = 0.1  # a progress display needs no more, and the pipe stays out of the measurements
 
@@ -38,7 +41,7 @@ def main(connection: Connection, corpus: Corpus, threads: int) -> None:
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as error:  # whatever a cell raises is its own failure, not the study's
-                connection.send(("failed", _sentence(error)))
+                connection.send(("failed", sentence(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -61,6 +64,19 @@ def _answer(connection: Connection, corpus: Corpus, message: tuple[Any, ...]) ->
     return "done", train.run_cell(cell, corpus, seconds_per_step, on_step)
 
 
-def _sentence(error: Exception) -> str:
+def time_here(corpus: Corpus, cells: list[Cell], threads: int) -> list[float]:
+    """Seconds per step of each cell."""
+    torch.set_num_threads(threads)
+    return train.time_steps(cells, corpus, lambda done, total: None)
+
+
+def run_here(corpus: Corpus, cell: Cell, seconds_per_step: float | None, threads: int) -> Record:
+    """The cell's record."""
+    torch.set_num_threads(threads)
+    return train.run_cell(cell, corpus, seconds_per_step)
+
+
+def sentence(error: BaseException) -> str:
+    """What a record gives as the reason."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -26,9 +26,11 @@ from typer.testing import CliRunner
 from normkit import theory
 from normkit.cli import app
 from normkit.report import lab
+from normkit.report.placement import placement_section
 from normkit.studies import STUDIES, batch_size, claims, cost, digits, padding, running, saturation, warmup
 from normkit.studies.protocol import Settings, Study
 from normkit.studies.run import key, measure, report_studies, run_study
+from normkit.study.records import RecordStore
 
 # a cell of each that takes a second
 SMALL: dict[str, Settings] = {
@@ -340,7 +342,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in STUDIES
     }
     records["padding"][0] |= {"status": "failed", "reason": "MemoryError: <all> gone", "measured": {}}
-    return report_studies(records, folder, "normkit study all")
+    first = placement_section(Path(__file__).parent / "golden" / "one_seed")
+    return report_studies(records, folder, "normkit study all", first=(first,))
 
 
 def test_the_report_has_every_finding_figure_and_table(page: Path) -> None:
@@ -351,6 +354,13 @@ def test_the_report_has_every_finding_figure_and_table(page: Path) -> None:
             assert escape(sentence) in text, sentence
         assert f'id="{name}"' in text
         assert text.count("data:text/csv") >= len(STUDIES)
+    placement = placement_section(Path(__file__).parent / "golden" / "one_seed")
+    assert len(placement.findings) > 5
+    for sentence in placement.findings:
+        assert escape(sentence) in text, sentence
+    assert text.index('id="placement"') < text.index('id="warmup"')
+    assert text.count('<table id="verdict"') == 1
+    assert all(f'id="{drawn.chart.name}"' in text for drawn in placement.figures)
     assert "1 of 6 cells failed; the first: MemoryError: &lt;all&gt; gone" in text
     assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http://www\.w3\.org/[^"\' ]*', "", text)
     assert "normkit study all" in text
@@ -407,6 +417,31 @@ def test_a_wrong_study_is_refused_in_a_sentence(arguments: list[str], said: str)
     ran = CliRunner().invoke(app, ["study", *arguments])
     assert ran.exit_code == 2
     assert "".join(said.split()) in "".join(ran.output.split())
+
+
+def test_all_is_one_report_with_the_placements_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_study(3)
+    for name in list(STUDIES):
+        monkeypatch.setitem(STUDIES, name, replace(STUDIES[name], cells=lambda thorough: []))
+    monkeypatch.setitem(STUDIES, "saturation", small)
+
+    def from_golden(cells: object, corpus: object, store: RecordStore, **options: object) -> None:
+        lines = (Path(__file__).parent / "golden" / "one_seed" / "records.jsonl").read_text().splitlines()
+        for cell, record in zip(cells, map(json.loads, lines), strict=False):  # type: ignore[call-overload]
+            store.add(record | {"key": cell.key})
+
+    monkeypatch.setattr("normkit.study.plan.run_cells", from_golden)
+    ran = CliRunner().invoke(
+        app, ["study", "all", "--out", str(tmp_path / "lab"), "--jobs", "1"], env={"COLUMNS": "300"}
+    )
+    assert ran.exit_code in (0, 1), ran.output  # one of the golden cells failed
+    report = tmp_path / "lab" / "report.html"
+    assert f"Report: {report}" in ran.output
+    text = report.read_text(encoding="utf-8")
+    assert text.index('id="placement"') < text.index('id="saturation"')
+    assert "normkit study all" in text
+    assert (tmp_path / "lab" / "placement" / "report.html").exists()
+    assert (tmp_path / "lab" / "placement" / "figures").is_dir()
 
 
 def test_the_command_runs_a_study_and_names_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from normkit.report.cells import Cell, on_scale, spread
 from normkit.report.load import NAN, Record
-from normkit.report.shapes import Chart, Panel, Points, Reference, Series
+from normkit.report.shapes import Chart, Panel, Points, Reference, Series, shared_limits
 from normkit.report.wording import listing, loss, plural, significant
 
 MOMENTS = {"init": "at init", "end": "after training"}
@@ -37,21 +37,6 @@ def _identity(record: Record) -> tuple[object, ...]:
 IDENTITY = ("norm", "placement", "depth", "lr", "seed")
 
 
-def _shared_limits(values: Sequence[float], log: bool, from_zero: bool = False) -> tuple[float, float]:
-    """One scale for all panels of a chart, a little wider than its values."""
-    finite = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
-    if not finite:
-        return NAN, NAN
-    low, high = min(finite), max(finite)
-    if log:
-        margin = max((high / low) ** 0.06, 1.02)
-        return low / margin, high * margin
-    if from_zero:
-        return 0.0, high * 1.08 or 1.0
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
-
-
 # ---------------------------------------------------------------------------------------------- dots
 
 
@@ -63,7 +48,7 @@ def _dots(cell: Cell, value: Callable[[Record], float], variant: str = "", note:
 def validation_loss(cells: Sequence[Cell]) -> Chart:
     guess = spread(cell.guess_loss for cell in cells).median
     shown = [r.val_loss for cell in cells for r in cell.counted if on_scale(r)]
-    limits = _shared_limits([*shown, guess], log=False)
+    limits = shared_limits([*shown, guess], log=False)
 
     def row(cell: Cell) -> Series:
         series = _dots(cell, lambda record: record.val_loss if on_scale(record) else NAN)
@@ -96,7 +81,7 @@ def batch_statistics(cells: Sequence[Cell]) -> Chart:
     """BatchNorm's validation loss with running and with batch statistics."""
     batch = [cell for cell in cells if cell.norm == "batch" and cell.val_loss_batch_statistics]
     values = [v for cell in batch for r in cell.counted for v in (r.val_loss, r.val_loss_batch_statistics)]
-    limits = _shared_limits(values, log=False)
+    limits = shared_limits(values, log=False)
     panels = tuple(
         Panel(
             blocks(depth),
@@ -124,7 +109,7 @@ def batch_statistics(cells: Sequence[Cell]) -> Chart:
 
 def cost(cells: Sequence[Cell]) -> Chart:
     timed = [cell for cell in cells if cell.seconds_per_step]
-    limits = _shared_limits([1000 * cell.seconds_per_step.high for cell in timed], log=False, from_zero=True)
+    limits = shared_limits([1000 * cell.seconds_per_step.high for cell in timed], log=False, from_zero=True)
 
     def row(cell: Cell) -> Series:
         points = tuple((1000 * r.seconds_per_step, 0.0) for r in cell.records if math.isfinite(r.seconds_per_step))
@@ -181,7 +166,7 @@ def loss_curves(cells: Sequence[Cell]) -> Chart:
     raw = [value for cell in cells for r in cell.counted for _, value in r.train_loss]
     finite = [value for value in raw if math.isfinite(value)]
     ceiling = guess + max(guess - min(finite, default=guess), 0.4)  # the fall from the start would flatten the rest
-    low, high = _shared_limits([*(v for v in finite if not v > ceiling), guess], log=False)
+    low, high = shared_limits([*(v for v in finite if not v > ceiling), guess], log=False)
     above = [value for value in finite if value > high]
 
     def line(cell: Cell) -> Series:
@@ -254,7 +239,7 @@ def _profile_limits(
 ) -> tuple[float, float]:
     tables = [cell.profile(name, moment) for cell in _framed(cells) for name in names for moment in MOMENTS]
     values = [float(value) for table in tables for value in table.flat]
-    return _shared_limits([*values, *(y for reference in references for _, y in reference.points)], log)
+    return shared_limits([*values, *(y for reference in references for _, y in reference.points)], log)
 
 
 def _outside(cells: Sequence[Cell], name: str) -> tuple[str, ...]:

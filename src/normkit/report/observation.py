@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from normkit.report.load import NAN
-from normkit.report.page import PACKAGE, _environment, _write
-from normkit.report.shapes import Chart, Panel, Reference, Series
-from normkit.report.style import LegendEntry, legend, theme
-from normkit.report.table import Column, Entry, csv_text
+from normkit.report.parts import Table, draw, environment, write
+from normkit.report.shapes import Chart, Panel, Reference, Series, shared_limits
+from normkit.report.table import Column, Entry, csv_rows
 from normkit.report.wording import plural, significant, whole
 
 Record = Mapping[str, Any]
@@ -28,27 +25,6 @@ Record = Mapping[str, Any]
 # legends, so nothing is confused, and eight lines stay apart in print and for the colour-blind.
 LINES_SAID = 4
 _LOOKS = [(norm, placement) for placement in ("pre", "post") for norm in ("layer", "batch", "rms", "none")]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with what stands around it."""
-
-    chart: Chart
-    panels: list[str]
-    legend: tuple[LegendEntry, ...]
-    sentences: list[str]
-    measured: str
-    csv_uri: str
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    title: str
-    about: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Entry, ...], ...]
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -79,20 +55,10 @@ def _lines(records: Sequence[Record], group: str, x: Callable[[int, Record], flo
     return tuple(made)
 
 
-def _limits(series: Sequence[Series], log: bool) -> tuple[float, float]:
-    values = [y for one in series for _, y in one.points if y > 0 or not log]
-    if not values:
-        return NAN, NAN
-    low, high = min(values), max(values)
-    if log:
-        margin = max((high / low) ** 0.06, 1.02)
-        return low / margin, high * margin
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
-
-
 def _panel(title: str, labels: tuple[str, str], series: tuple[Series, ...], log: bool = False) -> Panel:
-    return Panel(title, labels[0], labels[1], series, limits=_limits(series, log))
+    return Panel(
+        title, labels[0], labels[1], series, limits=shared_limits([y for one in series for _, y in one.points], log)
+    )
 
 
 def _blocks(seen: Record) -> list[Record]:
@@ -117,10 +83,6 @@ def _place(i: int, record: Record) -> float:
     return float(record["place"])
 
 
-def _rows(records: Sequence[Record], fields: Sequence[str]) -> tuple[tuple[object, ...], ...]:
-    return tuple(tuple("" if record.get(field) is None else record[field] for field in fields) for record in records)
-
-
 def gradients(seen: Record) -> Chart:
     """By block, or where none were found by module that holds parameters."""
     records: list[Record] = _blocks(seen)
@@ -133,14 +95,16 @@ def gradients(seen: Record) -> Chart:
         lines = _lines(records, "line", _place, "output_gradient")
         panels.append(_panel("by the block's output", labels, lines, log=True))
     fields = ("path", "call", "chain", "position", "gradient", "output_gradient")
-    return Chart("gradients", "Gradients by depth", "profile", tuple(panels), fields, _rows(records, fields), log=True)
+    return Chart(
+        "gradients", "Gradients by depth", "profile", tuple(panels), fields, csv_rows(records, fields), log=True
+    )
 
 
 def residual(seen: Record) -> Chart:
     lines = _lines(_blocks(seen), "line", _place, "output_rms")
     panels = (_panel("after each block", ("block, from input to output", "RMS of the output"), lines, log=True),)
     fields = ("path", "call", "chain", "position", "input_rms", "output_rms", "growth")
-    rows = _rows(seen["blocks"], fields)
+    rows = csv_rows(seen["blocks"], fields)
     return Chart("residual-growth", "Residual growth", "profile", panels, fields, rows, log=True)
 
 
@@ -151,10 +115,10 @@ def identity(seen: Record) -> Chart:
         lines = _lines(_blocks(seen), "line", _place, field)
         last = max((x for line in lines for x, _ in line.points), default=1.0)
         one = Reference("the input passes whole: 1", ((1.0, 1.0), (last, 1.0)))
-        low, high = _limits(lines, log=False)
+        low, high = shared_limits([y for line in lines for _, y in line.points], log=False)
         panels.append(Panel(title, x_label, field, lines, (one,), (min(low, 0.97), max(high, 1.03))))
     fields = ("path", "call", "chain", "position", "identity", "cosine", "skip_weight", "identity_weight")
-    rows = _rows(seen["blocks"], fields)
+    rows = csv_rows(seen["blocks"], fields)
     return Chart("identity", "The identity branch, block by block", "profile", tuple(panels), fields, rows)
 
 
@@ -167,7 +131,7 @@ def saturated(seen: Record) -> Chart:
         dead = _lines(records, "type", lambda i, record: float(i), "dead_units")
         panels.append(Panel("units", x_label, "share of units never active", dead, limits=(-0.03, 1.03)))
     fields = ("path", "call", "type", "share", "dead_units")
-    return Chart("saturation", "Saturated share", "profile", tuple(panels), fields, _rows(records, fields))
+    return Chart("saturation", "Saturated share", "profile", tuple(panels), fields, csv_rows(records, fields))
 
 
 _MEASURED = {
@@ -215,19 +179,6 @@ def _sentences(chart: Chart) -> list[str]:
         else:
             said.append(f"{line.label}: the share of elements where it is flat is {_extremes(line)}.")
     return said
-
-
-def _figure(chart: Chart) -> Figure:
-    from normkit.report.figures import panel_svgs
-
-    return Figure(
-        chart,
-        panel_svgs(chart),
-        legend(chart),
-        _sentences(chart),
-        _MEASURED[chart.name],
-        "data:text/csv;charset=utf-8," + quote(csv_text(chart.columns, chart.rows)),
-    )
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -351,23 +302,18 @@ def render(seen: Record) -> str:
     Args:
         seen: `as_dict()` of a normkit.study.Observation.
     """
-    environment = _environment()
     charts = [chart for chart in (make(seen) for make in _CHARTS) if not chart.empty]
-    css, script = (
-        (PACKAGE / "templates" / name).read_text(encoding="utf-8").replace("#verdict", ".sortable")
-        for name in ("report.css", "sort.js")
-    )
-    return environment.get_template("observation.html.j2").render(
-        model=seen["model"],
-        opening=_opening(seen),
-        notes=seen["notes"],
-        figures=[_figure(chart) for chart in charts],
-        tables=[table for table in (_table(seen, *each) for each in _TABLES) if table.rows],
-        versions=", ".join(f"{name} {version}" for name, version in seen["versions"].items()),
-        css=css,
-        script=script,
-        light=theme(dark=False),
-        dark=theme(dark=True),
+    return (
+        environment()
+        .get_template("observation.html.j2")
+        .render(
+            model=seen["model"],
+            opening=_opening(seen),
+            notes=seen["notes"],
+            figures=[draw(chart, _sentences(chart), _MEASURED[chart.name]) for chart in charts],
+            tables=[table for table in (_table(seen, *each) for each in _TABLES) if table.rows],
+            versions=", ".join(f"{name} {version}" for name, version in seen["versions"].items()),
+        )
     )
 
 
@@ -382,5 +328,5 @@ def save(seen: Record, path: Path) -> Path:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"save: path must be a file in a folder that exists, got {path}; create {path.parent} first")
-    _write(path, render(seen).encode())
+    write(path, render(seen).encode())
     return path

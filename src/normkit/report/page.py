@@ -8,61 +8,44 @@ Read next: templates/report.html.j2.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from normkit.report.captions import CAPTIONS, MEANING, MEASURED
 from normkit.report.cells import most_seeds
 from normkit.report.charts import all_charts
 from normkit.report.findings import batch_paragraph, findings, init_paragraph, notes, opening, scope
 from normkit.report.load import load, number
-from normkit.report.shapes import Chart
-from normkit.report.style import LegendEntry, legend, look, theme
-from normkit.report.table import csv_text, summary_csv, verdict
+from normkit.report.parts import Drawn, Table, draw, environment
+from normkit.report.parts import write as write_file
+from normkit.report.table import summary_csv, verdict
 from normkit.report.view import View, view
 from normkit.report.wording import duration, listing, plural, size, whole
 
-PACKAGE = Path(__file__).parent
+
+def drawn_charts(of: View) -> list[Drawn]:
+    """Every chart of the study with its sentences; one that no record has numbers for has no panels."""
+    drawn = []
+    for chart in all_charts(of.shown, of.run.study.unit_variance_skip_weight).values():
+        meaning = [MEANING[chart.name]] if chart.name in MEANING else []
+        if chart.name == "batchnorm-at-eval":
+            meaning.append(batch_paragraph(of))
+        if chart.name == "identity-weight":
+            meaning.append(init_paragraph(of))
+        meaning = [paragraph for paragraph in meaning if paragraph]
+        drawn.append(draw(chart, CAPTIONS[chart.name](of), MEASURED[chart.name], meaning))
+    return drawn
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A chart with everything that stands around it on the page."""
-
-    chart: Chart
-    panels: list[str]  # SVG elements, whose labels matplotlib has escaped
-    legend: tuple[LegendEntry, ...]
-    sentences: list[str]
-    meaning: list[str]
-    measured: str
-    csv_uri: str
-
-
-def _draw(chart: Chart, of: View) -> Drawn:
-    from normkit.report.figures import panel_svgs
-
-    sentences = CAPTIONS[chart.name](of)
-    meaning = [MEANING[chart.name]] if chart.name in MEANING else []
-    if chart.name == "batchnorm-at-eval":
-        meaning.append(batch_paragraph(of))
-    if chart.name == "identity-weight":
-        meaning.append(init_paragraph(of))
-    return Drawn(
-        chart=chart,
-        panels=[] if chart.empty else panel_svgs(chart),
-        legend=legend(chart),
-        sentences=sentences,
-        meaning=[paragraph for paragraph in meaning if paragraph],
-        measured=MEASURED[chart.name],
-        csv_uri="data:text/csv;charset=utf-8," + quote(csv_text(chart.columns, chart.rows)),
+def cells_table(of: View) -> Table:
+    """A row per setting."""
+    columns, rows = verdict(of.cells)
+    about = (
+        "A row per setting, by depth and within it lowest validation loss first. Losses are in nats per byte, lower is "
+        "better; the lowest of each depth is bold."
     )
+    return Table("verdict", "Every cell", about, columns, rows)
 
 
 def _words(value: object) -> str:
@@ -104,25 +87,11 @@ def _reproduction(of: View) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(PACKAGE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals["look"] = look
-    return environment
-
-
 def render(of: View, drawn: list[Drawn]) -> str:
     """The page as text."""
-    columns, rows = verdict(of.cells)
     study = of.run.study
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             study=study,
@@ -141,28 +110,12 @@ def render(of: View, drawn: list[Drawn]) -> str:
                 )
                 if fact
             ],
-            columns=columns,
-            rows=rows,
+            table=cells_table(of),
             drawn=[figure for figure in drawn if figure.panels],
             undrawn=listing([figure.chart.title.lower() for figure in drawn if not figure.panels]),
             reproduction=_reproduction(of),
-            light=theme(dark=False),
-            dark=theme(dark=True),
         )
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none of it, whenever the process ends."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the report from a web server
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def write(folder: Path) -> Path:
@@ -181,15 +134,15 @@ def write(folder: Path) -> Path:
     from normkit.report.figures import png
 
     of = view(load(folder))
-    drawn = [_draw(chart, of) for chart in all_charts(of.shown, of.run.study.unit_variance_skip_weight).values()]
+    drawn = drawn_charts(of)
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     for figure in drawn:
         path = figures / f"{figure.chart.name}.png"
         if figure.panels:
-            _write(path, png(figure.chart, figure.legend))
+            write_file(path, png(figure.chart, figure.legend))
         else:
             path.unlink(missing_ok=True)  # of an earlier report
-    _write(folder / "summary.csv", summary_csv(of.cells).encode())
-    _write(folder / "report.html", render(of, drawn).encode())
+    write_file(folder / "summary.csv", summary_csv(of.cells).encode())
+    write_file(folder / "report.html", render(of, drawn).encode())
     return folder / "report.html"

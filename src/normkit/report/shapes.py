@@ -1,12 +1,14 @@
 """Shapes: what a figure is, before it is drawn: a chart of panels of series.
 
-Here: dataclasses only.
+Here: dataclasses, and shared_limits.
 May import: report.load.
 Read next: charts.py, which fills them from cells.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normkit.report.load import NAN
@@ -66,3 +68,18 @@ class Chart:
     @property
     def empty(self) -> bool:
         return not any(series.points for panel in self.panels for series in panel.series)
+
+
+def shared_limits(values: Sequence[float], log: bool, from_zero: bool = False) -> tuple[float, float]:
+    """One scale for all panels of a chart, a little wider than its values."""
+    finite = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    if not finite:
+        return NAN, NAN
+    low, high = min(finite), max(finite)
+    if log:
+        margin = max((high / low) ** 0.06, 1.02)
+        return low / margin, high * margin
+    if from_zero:
+        return 0.0, high * 1.08 or 1.0
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -134,6 +134,11 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
+def csv_rows(records: Sequence[Mapping[str, object]], fields: Sequence[str]) -> tuple[tuple[object, ...], ...]:
+    """For a chart's CSV: these fields of each record, empty where it has none."""
+    return tuple(tuple("" if record.get(field) is None else record[field] for field in fields) for record in records)
+
+
 _SUMMARY_COLUMNS = (
     "norm",
     "placement",

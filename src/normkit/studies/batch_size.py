@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from normkit.report.table import csv_rows
 from normkit.studies import digits
 from normkit.studies.protocol import (
     NORM_NAMES,
@@ -28,7 +29,6 @@ from normkit.studies.protocol import (
     median,
     panel,
     percent,
-    rows,
     where,
 )
 
@@ -90,7 +90,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         "curves",
         (panel("all norms, eval mode", labels, lines), panel("BatchNorm, by its statistics", labels, both)),
         fields,
-        rows(records, fields),
+        csv_rows(records, fields),
     )
     said = []
     for norm in each(records, "norm"):

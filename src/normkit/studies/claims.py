@@ -17,8 +17,9 @@ from torch import Tensor
 
 from normkit.functional import batch_norm, layer_norm
 from normkit.placement import placements
+from normkit.report.table import csv_rows
 from normkit.studies import saturation
-from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, rows, where
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, where
 from normkit.study.models import Transformer
 
 DEPTHS = (2, 4, 8, 16)
@@ -332,7 +333,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         panels.append(panel(title, ("layers, log2", y_label), lines, log=True))
     fields = ("claim", "seed", "depth", "value")
     chart = Chart(
-        "claims-depth", "Two claims by depth", "curves", tuple(panels), fields, rows(points, fields), log=True
+        "claims-depth", "Two claims by depth", "curves", tuple(panels), fields, csv_rows(points, fields), log=True
     )
     measured = (
         "left in the setting of the theorem, right on the study's transformer; medians over seeds, bands their range."

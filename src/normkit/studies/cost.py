@@ -20,7 +20,8 @@ from torch import Tensor
 from normkit import functional
 from normkit.placement import placements
 from normkit.report.shapes import Series
-from normkit.studies.protocol import NORM_NAMES, Chart, Figure, Record, Settings, Study, panel, rows, where
+from normkit.report.table import csv_rows
+from normkit.studies.protocol import NORM_NAMES, Chart, Figure, Record, Settings, Study, panel, where
 from normkit.study.models import Transformer
 
 NORMS = ("none", "layer", "rms", "batch", "group")
@@ -178,7 +179,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         "curves",
         (panel("float32, one thread", ("elements of x, log2", "time over LayerNorm's"), lines),),
         fields,
-        rows(_flat(records), fields),
+        csv_rows(_flat(records), fields),
     )
     return [
         Figure(chart, tuple(_findings(records)), "normkit's functions, medians of interleaved rounds on one thread.")

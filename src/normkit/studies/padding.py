@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from normkit.layers import BatchNorm1d
-from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, line, median, panel, percent, rows, where
+from normkit.report.table import csv_rows
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, line, median, panel, percent, where
 from normkit.study import data
 
 LONGEST = 48  # bytes of a line that is used
@@ -134,7 +135,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             panel("train mode, padding doubled", (label, "change, nats per byte"), lines("more_padding")),
         ),
         fields,
-        rows(records, fields),
+        csv_rows(records, fields),
     )
     measured = (
         "512 held-out lines, loss at valid positions only, after the same training; on the right the batch's own "

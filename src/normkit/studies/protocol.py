@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normkit.report.shapes import Chart, Panel, Reference, Series
+from normkit.report.shapes import Chart, Panel, Reference, Series, shared_limits
 
 __all__ = [
     "NORM_NAMES",
@@ -29,7 +29,6 @@ __all__ = [
     "median",
     "panel",
     "percent",
-    "rows",
     "where",
 ]
 
@@ -124,20 +123,5 @@ def panel(
     log: bool = False,
 ) -> Panel:
     """With limits that hold all points."""
-    values = [y for one in series for _, y in one.points if math.isfinite(y) and (y > 0 or not log)]
-    values += [reference.level for reference in references if math.isfinite(reference.level)]
-    if not values:
-        return Panel(title, *labels, tuple(series), tuple(references))
-    low, high = min(values), max(values)
-    if log:
-        margin = max((high / low) ** 0.06, 1.05)
-        limits = (low / margin, high * margin)
-    else:
-        space = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        limits = (low - space, high + space)
-    return Panel(title, *labels, tuple(series), tuple(references), limits)
-
-
-def rows(records: Sequence[Record], fields: Sequence[str]) -> tuple[tuple[object, ...], ...]:
-    """For a chart's CSV."""
-    return tuple(tuple("" if record.get(field) is None else record[field] for field in fields) for record in records)
+    values = [y for one in series for _, y in one.points] + [reference.level for reference in references]
+    return Panel(title, *labels, tuple(series), tuple(references), shared_limits(values, log))

@@ -21,6 +21,7 @@ import torch
 
 from normkit import __version__
 from normkit.report import lab
+from normkit.report.parts import draw
 from normkit.studies import STUDIES
 from normkit.studies.protocol import Settings, Study
 from normkit.study.cluster import Cluster, why
@@ -137,15 +138,18 @@ def _record(
     }
 
 
-def report_studies(records: dict[str, list[Kept]], folder: Path, command: str) -> Path:
+def report_studies(
+    records: dict[str, list[Kept]], folder: Path, command: str, first: Sequence[lab.Section] = ()
+) -> Path:
     """Write folder/report.html with a section for each study that has records.
 
     Args:
         records: of each study, by its name.
         folder: where the page goes.
         command: that makes it again.
+        first: sections that come before these.
     """
-    sections = []
+    sections = list(first)
     for name, kept in records.items():
         study = STUDIES[name]
         good = [{**record["settings"], **record["measured"]} for record in kept if record["status"] == "ok"]
@@ -157,11 +161,12 @@ def report_studies(records: dict[str, list[Kept]], folder: Path, command: str) -
                 question=study.question,
                 data=study.data,
                 findings=tuple(study.findings(good)) if good else (),
-                figures=tuple((each.chart, each.sentences, each.measured) for each in study.figures(good))
-                if good
-                else (),
-                columns=study.columns,
-                rows=tuple(study.table_rows(good)),
+                figures=tuple(
+                    draw(each.chart, each.sentences, each.measured)
+                    for each in (study.figures(good) if good else ())
+                    if not each.chart.empty
+                ),
+                table=lab.measured_table(f"cells-{name}", study.columns, study.table_rows(good)),
                 notes=tuple(notes),
                 seconds=sum(record["seconds"] or 0.0 for record in kept),
             )

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from normkit import theory
 from normkit.layers import BatchNorm1d
 from normkit.report.shapes import Reference, Series
+from normkit.report.table import csv_rows
 from normkit.studies import digits
 from normkit.studies.protocol import (
     Chart,
@@ -31,7 +32,6 @@ from normkit.studies.protocol import (
     median,
     panel,
     percent,
-    rows,
     where,
 )
 
@@ -154,7 +154,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             for activation in activations
         ),
         fields,
-        rows(records, fields),
+        csv_rows(records, fields),
     )
     fields = ("activation", "std", "batchnorm", "seed", "gradient_ratio")
     gradients = Chart(
@@ -168,7 +168,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             for activation in activations
         ),
         fields,
-        rows(records, fields),
+        csv_rows(records, fields),
         log=True,
     )
     fields = ("activation", "std", "batchnorm", "seed", "end_loss", "test_error")
@@ -181,7 +181,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             for activation in activations
         ),
         fields,
-        rows(records, fields),
+        csv_rows(records, fields),
     )
     return [
         Figure(saturated, tuple(_of_units(records)), f"share of units and training images whose derivative is below "

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from normkit.placement import placements
-from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, rows, where
+from normkit.report.table import csv_rows
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, where
 from normkit.study import data
 from normkit.study.models import Transformer
 from normkit.study.train import learning_rate
@@ -134,8 +135,8 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         panels.append(panel(title, labels, lines, log=True))
     fields = ("placement", "depth", "warmup", "seed", "largest_lr")
     chart = Chart(
-        "warmup-rates", "The largest learning rate that works", "curves", tuple(panels), fields, rows(records, fields),
-        log=True,
+        "warmup-rates", "The largest learning rate that works", "curves", tuple(panels), fields,
+        csv_rows(records, fields), log=True,
     )  # fmt: skip
     measured = (
         f"AdamW, {records[0]['steps']} steps; a rate works if the mean loss of its last ten steps lies {MARGIN:g} nats "

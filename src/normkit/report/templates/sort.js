@@ -1,6 +1,6 @@
 "use strict";
 // Without this script the table is a plain table, by depth and loss.
-for (const table of document.querySelectorAll("#verdict")) {
+for (const table of document.querySelectorAll(".sortable")) {
   const body = table.tBodies[0];
   const value = (row, column) => {
     const raw = row.cells[column].dataset.sort;

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,13 @@ from normkit.functional import batch_norm, layer_norm
 from normkit.placement import placements
 from normkit.report.table import csv_rows
 from normkit.studies import saturation
+from normkit.studies.claim import Claim, Measured, slope
 from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, where
+from normkit.studies.trained_claims import TRAINED
 from normkit.study.models import Transformer
 
 DEPTHS = (2, 4, 8, 16)
 WIDTH, TOKENS = 96, 8
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence, who said it, what number tests it, and when the number's median says that it holds."""
-
-    text: str
-    source: str
-    number: str
-    measure: Callable[[int], tuple[float, dict[str, float]]]  # a seed -> the number, and what it was made of by depth
-    holds: Callable[[float], bool]
-    criterion: str
-
-
-def _slope(by_depth: dict[str, float]) -> float:
-    """Of log value against log depth."""
-    x = torch.tensor([float(depth) for depth in by_depth], dtype=torch.float64).log()
-    y = torch.tensor(list(by_depth.values()), dtype=torch.float64).log()
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
 
 
 # ------------------------------------------------------------------------------------ the setting of Xiong et al. 2020
@@ -83,22 +64,22 @@ def _theory_setting(layers: int, pre: bool, seed: int) -> tuple[list[float], lis
     return after, before, float(gradient.norm())
 
 
-def _pre_bounds(seed: int) -> tuple[float, dict[str, float]]:
+def _pre_bounds(seed: int) -> Measured:
     after, _, _ = _theory_setting(12, True, seed)
     found = {str(layer): value for layer, value in enumerate(after, 1)}
     margins = [min(value / (1 + layer / 2), (1 + 1.5 * layer) / value) for layer, value in enumerate(after, 1)]
     return min(margins), found
 
 
-def _post_variance(seed: int) -> tuple[float, dict[str, float]]:
+def _post_variance(seed: int) -> Measured:
     _, before, _ = _theory_setting(12, False, seed)
     return sum(before) / len(before), {str(layer): value for layer, value in enumerate(before, 1)}
 
 
-def _last_gradient(pre: bool) -> Callable[[int], tuple[float, dict[str, float]]]:
-    def measure(seed: int) -> tuple[float, dict[str, float]]:
+def _last_gradient(pre: bool) -> Callable[[int], Measured]:
+    def measure(seed: int) -> Measured:
         found = {str(layers): _theory_setting(layers, pre, seed)[2] for layers in DEPTHS}
-        return _slope(found), found
+        return slope(found), found
 
     return measure
 
@@ -118,10 +99,10 @@ def _ids(seed: int) -> Tensor:
     return torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def _gradient_profile(placement: str) -> Callable[[int], tuple[float, dict[str, float]]]:
+def _gradient_profile(placement: str) -> Callable[[int], Measured]:
     """The first block's gradient norm over the last's, at initialisation, 12 blocks."""
 
-    def measure(seed: int) -> tuple[float, dict[str, float]]:
+    def measure(seed: int) -> Measured:
         model, ids = _model(placement, 12, seed), _ids(seed)
         groups = model.block_parameters()
         gradients = torch.autograd.grad(model.loss(ids, ids), [parameter for group in groups for parameter in group])
@@ -133,10 +114,10 @@ def _gradient_profile(placement: str) -> Callable[[int], tuple[float, dict[str, 
     return measure
 
 
-def _perturbed(placement: str) -> Callable[[int], tuple[float, dict[str, float]]]:
+def _perturbed(placement: str) -> Callable[[int], Measured]:
     """The mean square change of the stack's output when every weight moves by 1e-4 up or down, by depth."""
 
-    def measure(seed: int) -> tuple[float, dict[str, float]]:
+    def measure(seed: int) -> Measured:
         found = {}
         for depth in DEPTHS:
             model, ids = _model(placement, depth, seed).double(), _ids(seed)
@@ -148,7 +129,7 @@ def _perturbed(placement: str) -> Callable[[int], tuple[float, dict[str, float]]
                         signs = torch.randint(0, 2, parameter.shape, generator=draw).double() * 2 - 1
                         parameter.add_(signs * 1e-4)
                 found[str(depth)] = float((model.stack(model.embed(ids)) - before).square().mean())
-        return _slope(found), found
+        return slope(found), found
 
     return measure
 
@@ -156,10 +137,10 @@ def _perturbed(placement: str) -> Callable[[int], tuple[float, dict[str, float]]
 # ---------------------------------------------------------------------------------------------------- residual branches
 
 
-def _branch_growth(norm: bool) -> Callable[[int], tuple[float, dict[str, float]]]:
+def _branch_growth(norm: bool) -> Callable[[int], Measured]:
     """The stream's variance by depth for x + W relu(x) with He's weights, or W relu(BatchNorm(x))."""
 
-    def measure(seed: int) -> tuple[float, dict[str, float]]:
+    def measure(seed: int) -> Measured:
         draw = torch.Generator().manual_seed(seed)
         x = torch.randn((512, 256), generator=draw, dtype=torch.float64)
         found = {"0": float(x.var())}
@@ -175,12 +156,12 @@ def _branch_growth(norm: bool) -> Callable[[int], tuple[float, dict[str, float]]
     return measure
 
 
-def _sigmoid_saturation(seed: int) -> tuple[float, dict[str, float]]:
-    cell = {"activation": "sigmoid", "std": 1.0, "steps": 1, "batch": 64, "lr": 0.05, "seed": seed}
-    found = {
-        str(flag): sum(saturation._run({**cell, "batchnorm": flag})["saturated"]) / saturation.LAYERS
-        for flag in (False, True)
-    }
+def _sigmoid_saturation(seed: int) -> Measured:
+    found = {}
+    for flag in (False, True):
+        torch.manual_seed(seed)
+        shares = saturation.at_initialisation(saturation.Net("sigmoid", 1.0, flag), "sigmoid")["saturated"]
+        found[str(flag)] = sum(shares) / saturation.LAYERS
     return found["False"] - found["True"], found
 
 
@@ -274,7 +255,17 @@ _CLAIMS: dict[str, Claim] = {
         lambda value: value > 0.3,
         "above 0.3",
     ),
+    **TRAINED,
 }
+# what cannot be put to a test here: claim, source, why
+_UNDECIDED = (
+    (
+        "Largest stable learning rates differ by a factor of 30 between placements at 64 layers",
+        "KEEL 2026",
+        "64 layers, trained once for every rate that is tried, take hours on two cores; the study warmup asks it at 2 "
+        "to 16 blocks",
+    ),
+)
 
 
 def _cells(thorough: bool) -> list[Settings]:
@@ -307,7 +298,15 @@ def _judged(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "verdict": verdict,
             }
         )
-    return found
+    return [*found, *_undecided()]
+
+
+def _undecided() -> list[dict[str, Any]]:
+    nothing = dict.fromkeys(("median", "low", "high", "seeds"))
+    return [
+        {"claim": text, "source": source, "verdict": "not decidable here", "criterion": "", "number": why, **nothing}
+        for text, source, why in _UNDECIDED
+    ]
 
 
 def _figures(records: Sequence[Record]) -> list[Figure]:
@@ -342,7 +341,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
 
 
 def _findings(records: Sequence[Record]) -> list[str]:
-    judged = _judged(records)
+    judged = [row for row in _judged(records) if row["median"] is not None]
     held = [row for row in judged if row["verdict"] == "holds"]
     said = [f"{len(held)} of {len(judged)} published claims hold here, by the median over {judged[0]['seeds']} seeds."]
     said += [
@@ -351,6 +350,7 @@ def _findings(records: Sequence[Record]) -> list[str]:
         for row in judged
         if row["verdict"] != "holds"
     ]
+    said += [f"Not decidable here: {text} ({source}): {why}." for text, source, why in _UNDECIDED]
     return said
 
 

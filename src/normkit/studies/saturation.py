@@ -36,6 +36,7 @@ from normkit.studies.protocol import (
 )
 
 WIDTH, LAYERS, SHARE = 128, 6, 0.1
+LOSS_EVERY = 10  # steps between the points of a learning curve
 STDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _LOOKS: dict[bool, tuple[str, str | None]] = {False: ("none", None), True: ("batch", "pre")}
 _NAMES = {False: "without", True: "with BatchNorm"}
@@ -83,16 +84,29 @@ def _cells(thorough: bool) -> list[Settings]:
     ]
 
 
-def _run(cell: Settings) -> dict[str, Any]:
-    images, labels, test_images, test_labels = (part.flatten(1) if part.dim() > 1 else part for part in digits.digits())
-    torch.manual_seed(cell["seed"])
-    model = Net(cell["activation"], cell["std"], cell["batchnorm"])
-    threshold = theory.saturation_threshold(cell["activation"], SHARE)
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, labels, test_images, test_labels = digits.digits()
+    return images.flatten(1), labels, test_images.flatten(1), test_labels
+
+
+def at_initialisation(model: Net, activation: str) -> dict[str, list[float]]:
+    """Of each layer the share of saturated units over the training images, and its matrix's gradient norm."""
+    images, labels, _, _ = _digits()
+    threshold = theory.saturation_threshold(activation, SHARE)
     logits, entered = model(images)
     weights = [linear.weight for linear in model.linear if isinstance(linear, nn.Linear)]
     gradients = torch.autograd.grad(cross_entropy(logits, labels), weights)
     shares = [float((z.abs() > threshold).double().mean()) for z in entered]
     lengths = [float(gradient.double().norm()) for gradient in gradients]
+    return {"saturated": shares, "gradients": lengths}
+
+
+def _run(cell: Settings) -> dict[str, Any]:
+    images, labels, test_images, test_labels = _digits()
+    torch.manual_seed(cell["seed"])
+    model = Net(cell["activation"], cell["std"], cell["batchnorm"])
+    at_init = at_initialisation(model, cell["activation"])
+    shares, lengths = at_init["saturated"], at_init["gradients"]
     spread = theory.preactivation_std(cell["std"], 64, float(images.double().square().mean()))
     optimizer = torch.optim.SGD(model.parameters(), lr=cell["lr"], momentum=0.9)
     losses = []
@@ -106,13 +120,12 @@ def _run(cell: Settings) -> dict[str, Any]:
     with torch.no_grad():
         wrong = model(test_images)[0].argmax(1) != test_labels
     return {
-        "saturated": shares,
-        "gradients": lengths,
+        **at_init,
         "first_saturated": shares[0],
         "last_saturated": shares[-1],
         "predicted": theory.saturation_probability(cell["activation"], 1.0 if cell["batchnorm"] else spread, SHARE),
         "gradient_ratio": lengths[0] / lengths[-1] if lengths[-1] else None,
-        "losses": losses[::10],
+        "losses": losses[::LOSS_EVERY],
         "end_loss": sum(losses[-20:]) / len(losses[-20:]),
         "test_error": float(wrong.double().mean()),
     }
@@ -125,68 +138,79 @@ def _series(records: Sequence[Record], field: str, activation: str) -> list[Seri
     ]
 
 
+def _chart(
+    records: Sequence[Record],
+    name: str,
+    title: str,
+    field: str,
+    label: str,
+    *,
+    log: bool = False,
+    more: tuple[str, ...] = (),
+    predicted: Reference | None = None,
+) -> Chart:
+    """A field by the initial weights' standard deviation, a panel for each activation."""
+    fields = ("activation", "std", "batchnorm", "seed", field, *more)
+    panels = [
+        panel(
+            activation,
+            ("standard deviation of initial weights, log10", label),
+            _series(records, field, activation),
+            (predicted,) if predicted is not None and index == 0 else (),
+            log=log,
+        )
+        for index, activation in enumerate(each(records, "activation"))
+    ]
+    return Chart(name, title, "curves", tuple(panels), fields, csv_rows(records, fields), log=log)
+
+
+def _curves(records: Sequence[Record]) -> Chart:
+    """Training loss by step at the smallest, the middle and the largest deviation; of the first seed."""
+    stds = sorted(each(records, "std"))
+    panels, points = [], []
+    for activation in each(records, "activation"):
+        for std in dict.fromkeys((stds[0], stds[len(stds) // 2], stds[-1])):
+            lines = []
+            for flag in (False, True):
+                for record in where(records, activation=activation, std=std, batchnorm=flag)[:1]:
+                    curve = tuple((float(1 + LOSS_EVERY * i), loss) for i, loss in enumerate(record["losses"]))
+                    lines.append(Series(_NAMES[flag], *_LOOKS[flag], curve))
+                    points += [(activation, std, flag, record["seed"], *point) for point in curve]
+            panels.append(panel(f"{activation}, {std:g}", ("step", "training loss (nats)"), lines))
+    fields = ("activation", "std", "batchnorm", "seed", "step", "loss")
+    return Chart("saturation-learning", "Learning curves", "curves", tuple(panels), fields, tuple(points))
+
+
 def _figures(records: Sequence[Record]) -> list[Figure]:
     records = [{**record, "log_std": math.log10(record["std"])} for record in records]
-    activations = each(records, "activation")
-    label = "standard deviation of initial weights, log10"
-    fields: tuple[str, ...] = (
-        "activation", "std", "batchnorm", "seed", "first_saturated", "last_saturated", "predicted"
-    )  # fmt: skip
-    predicted = Reference(
-        "first layer without, predicted",
-        tuple(
-            (record["log_std"], record["predicted"])
-            for record in sorted(where(records, activation=activations[0], batchnorm=False), key=lambda r: r["log_std"])
-            if record["seed"] == 0
-        ),
-    )
-    saturated = Chart(
+    first = where(records, activation=records[0]["activation"], batchnorm=False)
+    points = sorted({(record["log_std"], record["predicted"]) for record in first})
+    predicted = Reference("first layer without, predicted", tuple(points))
+    saturated = _chart(
+        records,
         "saturation-units",
         "Saturated units of the first layer, at initialisation",
-        "curves",
-        tuple(
-            panel(
-                activation,
-                (label, "share of saturated units"),
-                _series(records, "first_saturated", activation),
-                (predicted,) if activation == activations[0] else (),
-            )
-            for activation in activations
-        ),
-        fields,
-        csv_rows(records, fields),
+        "first_saturated",
+        "share of saturated units",
+        more=("last_saturated", "predicted"),
+        predicted=predicted,
     )
-    fields = ("activation", "std", "batchnorm", "seed", "gradient_ratio")
-    gradients = Chart(
+    gradients = _chart(
+        records,
         "saturation-gradients",
         "Gradient of the first layer over that of the last, at initialisation",
-        "curves",
-        tuple(
-            panel(
-                activation, (label, "ratio of gradient norms"), _series(records, "gradient_ratio", activation), log=True
-            )
-            for activation in activations
-        ),
-        fields,
-        csv_rows(records, fields),
+        "gradient_ratio",
+        "ratio of gradient norms",
         log=True,
     )
-    fields = ("activation", "std", "batchnorm", "seed", "end_loss", "test_error")
-    errors = Chart(
-        "saturation-error",
-        "Test error after training",
-        "curves",
-        tuple(
-            panel(activation, (label, "test error"), _series(records, "test_error", activation))
-            for activation in activations
-        ),
-        fields,
-        csv_rows(records, fields),
+    errors = _chart(
+        records, "saturation-error", "Test error after training", "test_error", "test error", more=("end_loss",)
     )
     return [
         Figure(saturated, tuple(_of_units(records)), f"share of units and training images whose derivative is below "
                f"{SHARE:g} of its largest value; the prediction is normkit.theory's for Gaussian z."),
         Figure(gradients, (), "L2 norms of the loss's gradient with respect to the first and the last matrix of six."),
+        Figure(_curves(records), (), "loss of the training batch, every tenth step; titles give the deviation."),
         Figure(errors, tuple(_of_errors(records)), "share of wrong answers on 450 test images, eval mode."),
     ]  # fmt: skip
 

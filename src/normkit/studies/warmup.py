@@ -37,7 +37,8 @@ _LOOKS: dict[str, tuple[str, str | None]] = {
 
 
 @cache
-def _text() -> data.Corpus:
+def text() -> data.Corpus:
+    """The first million bytes of the Python library's sources."""
     return data.standard_library(1_000_000)
 
 
@@ -53,7 +54,7 @@ def _cells(thorough: bool) -> list[Settings]:
             "batch": 8,
             "seq": 64,
             "seed": seed,
-            "text": _text().digest,
+            "text": text().digest,
         }
         for placement in PLACEMENTS
         for depth in ((2, 4, 8, 16) if thorough else (2, 6))
@@ -64,13 +65,17 @@ def _cells(thorough: bool) -> list[Settings]:
 
 def _guessing(cell: Settings) -> float:
     """The loss of guessing, on bytes spread over the text that is trained on."""
-    corpus = _text()
+    corpus = text()
     return data.guess_loss(corpus.train, data.spaced_batches(corpus.train, cell["batch"], cell["seq"], 8))
 
 
 def _end_loss(cell: Settings, lr: float) -> float:
-    """The mean loss of the last ten steps, infinite once a loss is not finite."""
-    corpus = _text()
+    return trained(cell, lr)[1]
+
+
+def trained(cell: Settings, lr: float) -> tuple[Transformer, float]:
+    """The cell's model after its steps, and the mean loss of the last ten; infinite once a loss is not finite."""
+    corpus = text()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell["seed"])
         model = Transformer(
@@ -90,12 +95,12 @@ def _end_loss(cell: Settings, lr: float) -> float:
         optimizer.zero_grad()
         loss = model.loss(inputs, targets)
         if not math.isfinite(value := float(loss.detach())):
-            return math.inf
+            return model, math.inf
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step > cell["steps"] - 10:
             last.append(value)
-    return sum(last) / len(last)
+    return model, sum(last) / len(last)
 
 
 def _run(cell: Settings) -> dict[str, Any]:

@@ -357,7 +357,7 @@ def _findings(records: Sequence[Record]) -> list[str]:
 CLAIMS = Study(
     name="claims",
     question="Which published claims about normalization can be seen on this machine?",
-    data="synthetic inputs, random bytes and scikit-learn's digits",
+    data="synthetic inputs, random bytes, the Python library's sources and scikit-learn's digits",
     cells=_cells,
     run=_run,
     columns=(

@@ -122,6 +122,7 @@ def panel(
     references: Sequence[Reference] = (),
     log: bool = False,
 ) -> Panel:
-    """With limits that hold all points."""
+    """With limits that hold all points and bands."""
     values = [y for one in series for _, y in one.points] + [reference.level for reference in references]
+    values += [y for one in series for _, *ends in one.band for y in ends]
     return Panel(title, *labels, tuple(series), tuple(references), shared_limits(values, log))

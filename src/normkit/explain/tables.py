@@ -61,7 +61,11 @@ def read_csv(path: Path) -> Table:
         ValueError: the file holds no table of finite numbers; the sentence names the line.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(file) if any(cell.strip() for cell in line)]
+        reader = csv.reader(file)
+        # the reader counts the lines of the file, empty ones and those within quotes too
+        numbered = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    numbered = [(place, line) for place, line in numbered if any(line)]
+    lines = [line for _, line in numbered]
     if not lines:
         raise ValueError(f"{path}: expected a table of numbers, got no line that is not empty")
     # names above the numbers: the first line has a cell that is no number behind its first one, or all are none
@@ -72,8 +76,7 @@ def read_csv(path: Path) -> Table:
     named = all(_number(line[0]) is None for line in body)
     width = len(body[0]) - named
     rows = []
-    for line in body:
-        place = lines.index(line) + 1
+    for place, line in numbered[-len(body) :]:
         numbers = [_number(cell) for cell in line[named:]]
         if len(numbers) != width or width == 0:
             raise ValueError(f"{path}: expected {max(width, 1)} numbers in line {place}, got {len(numbers)}")

@@ -209,13 +209,15 @@ def _gpt2(module: nn.Module) -> None:
 def _apply_gain(residual: Residual) -> None:
     """The placement's gain on values, the attention's output and the feed-forward, not on queries and keys."""
     sublayer, gain = residual.sublayer, residual.placement.init_gain
+    if gain == 1.0:
+        return
     if isinstance(sublayer, Attention):
         scaled = [sublayer.qkv.weight.detach().chunk(3)[2], sublayer.out.weight.detach()]
     elif isinstance(sublayer, FeedForward):
         scaled = [sublayer.up.weight.detach(), sublayer.down.weight.detach()]
     else:
         scaled = []
-    for weight in scaled if gain != 1.0 else []:
+    for weight in scaled:
         weight.mul_(gain)
 
 

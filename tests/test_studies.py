@@ -303,6 +303,33 @@ def test_findings_hold_the_numbers_of_the_records(name: str) -> None:
         assert any(sentence.startswith(said) for sentence in found), found
 
 
+def everything_said(name: str) -> str:
+    study = STUDIES[name]
+    lines = [study.question, study.data, *study.findings(fixed(name))]
+    for figure in study.figures(fixed(name)):
+        lines += [f"[{figure.chart.name}] {sentence}" for sentence in (*figure.sentences, figure.measured)]
+        lines += [
+            f"[{figure.chart.name}] {panel.title}: {low:.6g} to {high:.6g}"
+            for panel in figure.chart.panels
+            for low, high in (panel.limits,)
+        ]
+        lines += [",".join(map(str, row)) for row in (figure.chart.columns, *figure.chart.rows[:3])]
+    table = lab.measured_table(name, study.columns, study.table_rows(fixed(name)))
+    lines += [" | ".join(column.title for column in table.columns)]
+    lines += [" | ".join(entry.text for entry in row) for row in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+@every_study
+def test_fixed_records_give_the_same_words_figures_and_tables(name: str, request: pytest.FixtureRequest) -> None:
+    golden = Path(__file__).parent / "golden" / "studies" / f"{name}.txt"
+    found = everything_said(name)
+    if request.config.getoption("--renew-golden"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(found)
+    assert found == golden.read_text()
+
+
 @every_study
 def test_figures_have_points_a_measure_and_their_data(name: str) -> None:
     for figure in STUDIES[name].figures(fixed(name)):

@@ -169,6 +169,20 @@ def test_one_seed_is_called_an_observation_and_never_a_median() -> None:
     assert not re.search(r"\b(always|never better|proves|shows that|median|in general|significant)\b|\[[+−\d]", said)
 
 
+def test_the_identity_branch_stands_beside_the_product_that_the_measured_variances_make(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(GOLDEN / "one_seed", folder)
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        size = 2 * record["depth"]
+        record["uncorrelated_identity_weight_by_sublayer"] = {"init": [0.125] * size, "end": [0.25] * size}
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    of = view(load(folder))
+    assert "where 1/√(1 + v) with the measured v makes 0.125" in findings.init_paragraph(of)
+    chart = charts.all_charts(of.shown, 0.7)["identity-weight"]
+    assert {row[chart.columns.index("uncorrelated")] for row in chart.rows} == {0.125, 0.25}
+
+
 def test_few_seeds_give_ranges_and_five_give_intervals() -> None:
     assert with_range(cells.spread([2.5])) == "2.500"
     assert with_range(cells.spread([2.5, 2.7, math.nan])) == "2.600 (2.500 to 2.700)"

@@ -395,6 +395,22 @@ def test_the_identity_weight_is_multiplied_token_by_token_and_then_averaged(norm
     assert found.identity_weight[-1] != pytest.approx(math.prod(found.skip_weight), rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", WITH_A_NORM)
+def test_the_uncorrelated_identity_weight_knows_the_measured_variances_and_no_correlation(norm):
+    x, branch = uncorrelated(norm, 3.0)
+    alone = measure.uncorrelated_skip_weight(residual(norm, branch), x, branch)
+    torch.testing.assert_close(alone, torch.full_like(alone, post_skip_weight(3.0)), rtol=1e-4, atol=0)
+    against = -0.5 * x  # v = 1/4, and it cancels half of the skip
+    weight, _ = measure.skip_weights(residual(norm, against), x, against, normalized=False)
+    alone = measure.uncorrelated_skip_weight(residual(norm, against), x, against)
+    torch.testing.assert_close(weight, torch.full_like(weight, 2.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(alone, torch.full_like(alone, post_skip_weight(0.25)), rtol=1e-4, atol=0)
+    found = measure.stream(transformer(norm, "post", depth=2), some_batch()[0])
+    assert len(found.uncorrelated_identity_weight) == 4
+    assert 0.0 < found.uncorrelated_identity_weight[-1] < 1.0
+    assert measure.stream(transformer(norm, "pre", depth=2), some_batch()[0]).uncorrelated_identity_weight == [1.0] * 4
+
+
 @pytest.mark.parametrize(("norm", "place"), ONE_OF_EACH)
 def test_the_walk_down_the_stack_ends_where_the_model_does(norm, place):
     model = transformer(norm, place).train()
@@ -504,7 +520,8 @@ def test_a_record_has_every_field_of_the_schema():
         "key task norm placement depth seed lr steps warmup width heads batch seq init status reason val_loss "
         "val_loss_batch_statistics guess_loss train_loss seconds seconds_per_step parameters grad_norm_by_layer "
         "residual_rms_by_sublayer skip_weight_by_sublayer skip_weight_with_gain_by_sublayer "
-        "identity_weight_by_sublayer identity_weight_with_gain_by_sublayer versions"
+        "identity_weight_by_sublayer identity_weight_with_gain_by_sublayer uncorrelated_identity_weight_by_sublayer "
+        "versions"
     )
     assert set(documented.split()) <= set(record)
     assert (record["status"], record["reason"], record["seconds_per_step"]) == ("ok", None, 0.5)

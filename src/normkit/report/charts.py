@@ -357,8 +357,8 @@ def identity_weight(cells: Sequence[Cell], unit_weight: float) -> Chart:
         return Reference("unit-variance line, 2^(−l/2)", points)
 
     panels = _identity_panels(cells, names, "weight left of the input", True, unit_line)
-    columns = (*IDENTITY, "moment", "sublayer", "identity_weight", "identity_weight_with_gain")
-    rows = _profile_rows(cells, names)
+    columns = (*IDENTITY, "moment", "sublayer", "identity_weight", "identity_weight_with_gain", "uncorrelated")
+    rows = _profile_rows(cells, (*names, "uncorrelated_identity_weight_by_sublayer"))
     notes = (*_line_at_one(cells), *_missing(cells, names[0]))
     title = "The identity branch down the stack"
     return Chart("identity-weight", title, "profile", panels, columns, rows, log=True, notes=notes)

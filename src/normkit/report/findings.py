@@ -311,10 +311,12 @@ def init_paragraph(view: View) -> str:
         product = cell.last("identity_weight_by_sublayer", "init").median
         if product > 0:
             step = product ** (1 / sublayers)
+            alone = cell.last("uncorrelated_identity_weight_by_sublayer", "init").median
+            beside = f", where 1/√(1 + v) with the measured v makes {significant(alone)}" if alone > 0 else ""
             implied = f"v = {significant(1 / step**2 - 1, 2)}" if step < 1 else "no loss"
             parts.append(
                 f"{cell.label} {significant(product)}, {significant(step)} per sublayer ({implied}), "
-                f"{factor(product / line)} times the line"
+                f"{factor(product / line)} times the line{beside}"
             )
     if not parts:
         return f"Initialisation: {name}. No cell here has a norm after the add, so the identity branch keeps weight 1."

@@ -59,6 +59,7 @@ PROFILES = (
     "skip_weight_with_gain_by_sublayer",
     "identity_weight_by_sublayer",
     "identity_weight_with_gain_by_sublayer",
+    "uncorrelated_identity_weight_by_sublayer",
 )
 
 

@@ -24,7 +24,8 @@ the amplitude of the embedding's part in the stream, where gammas that the next 
 gamma = 1 both weights agree up to eps.
 
 The **identity weight** is the running product of skip weights down the stack, multiplied per token (per feature for
-BatchNorm) and averaged afterwards.
+BatchNorm) and averaged afterwards; the **uncorrelated** one is the same product of 1 / sqrt(1 + v), with the v that was
+measured: what is left of the difference is the correlation of branch and skip, and eps.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class StreamMeasures:
     skip_weight_with_gain: list[float] = field(default_factory=list)
     identity_weight: list[float] = field(default_factory=list)
     identity_weight_with_gain: list[float] = field(default_factory=list)
+    uncorrelated_identity_weight: list[float] = field(default_factory=list)
 
 
 def stream(model: Transformer, ids: Tensor) -> StreamMeasures:
@@ -88,17 +90,19 @@ def stream(model: Transformer, ids: Tensor) -> StreamMeasures:
     found = StreamMeasures()
     with untouched(model), torch.no_grad():
         model.train()
-        identity = identity_with_gain = torch.ones((), dtype=torch.float64)
+        identity = identity_with_gain = uncorrelated = torch.ones((), dtype=torch.float64)
         normalized = False
         for sublayer, x, branch, out in walk(model.stack, model.embed(ids)):
             weight, with_gain = skip_weights(sublayer, x, branch, normalized=normalized)
             assert identity.shape in ((), weight.shape), "norms of one stack reduce over the same axes"
             identity, identity_with_gain = identity * weight, identity_with_gain * with_gain
+            uncorrelated = uncorrelated * uncorrelated_skip_weight(sublayer, x, branch)
             found.residual_rms.append(out.double().square().mean().sqrt().item())
             found.skip_weight.append(weight.mean().item())
             found.skip_weight_with_gain.append(with_gain.mean().item())
             found.identity_weight.append(identity.mean().item())
             found.identity_weight_with_gain.append(identity_with_gain.mean().item())
+            found.uncorrelated_identity_weight.append(uncorrelated.mean().item())
             normalized = sublayer.norm_output is not None
     return found
 
@@ -129,6 +133,15 @@ def skip_weights(sublayer: Residual, x: Tensor, branch: Tensor, *, normalized: b
     std = _variance(x, centered, dims).sqrt()
     factor = skip_scale * rstd
     return std * factor, (factor if normalized else std * factor) * _gain(norm)
+
+
+def uncorrelated_skip_weight(sublayer: Residual, x: Tensor, branch: Tensor) -> Tensor:
+    """1 / sqrt(1 + v), v = Var(branch) / Var(skip) as measured: the skip weight if the two were uncorrelated."""
+    norm, skip_scale = sublayer.norm_output, sublayer.placement.skip_scale
+    if norm is None:
+        return torch.tensor(skip_scale, dtype=torch.float64)
+    skip = _variance(skip_scale * x.double(), *_statistics(norm))
+    return (skip / (skip + _variance(branch.double(), *_statistics(norm)))).sqrt()
 
 
 def _statistics(norm: nn.Module) -> tuple[bool, tuple[int, ...]]:

@@ -33,6 +33,7 @@ MEASURED = (
     "skip_weight_with_gain_by_sublayer",
     "identity_weight_by_sublayer",
     "identity_weight_with_gain_by_sublayer",
+    "uncorrelated_identity_weight_by_sublayer",
 )
 
 

@@ -134,6 +134,7 @@ def _measure_into(record: Record, moment: str, model: Transformer, batch: Batch)
     record["skip_weight_with_gain_by_sublayer"][moment] = stream.skip_weight_with_gain
     record["identity_weight_by_sublayer"][moment] = stream.identity_weight
     record["identity_weight_with_gain_by_sublayer"][moment] = stream.identity_weight_with_gain
+    record["uncorrelated_identity_weight_by_sublayer"][moment] = stream.uncorrelated_identity_weight
 
 
 def _validate_into(record: Record, model: Transformer, scored: list[Batch]) -> None:

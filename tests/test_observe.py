@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -949,6 +950,17 @@ def page(shown: Observation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("observe") / "report.html"
     assert shown.save(path) == path
     return path
+
+
+def test_fixed_numbers_give_the_same_words_and_tables(request: pytest.FixtureRequest) -> None:
+    golden = Path(__file__).parent / "golden" / "observation"
+    seen = json.loads((golden / "seen.json").read_text())  # a model like `Shown`, seen once and kept
+    text = re.sub(r"<(style|script|svg).*?</\1>", "", report_observation.render(seen), flags=re.DOTALL)
+    lines = (line.strip() for line in unescape(re.sub(r"<[^>]*>", " | ", text)).splitlines())
+    found = "\n".join(line for line in lines if line.strip(" |")) + "\n"
+    if request.config.getoption("--renew-golden"):
+        (golden / "words.txt").write_text(found)
+    assert found == (golden / "words.txt").read_text()
 
 
 def test_the_records_are_frozen_and_json_takes_them(shown: Observation) -> None:

@@ -237,7 +237,6 @@ def fixed(name: str) -> list[dict[str, Any]]:
             "padding": 0.75,
             "eval_loss": 2.0 if cell["masked"] else 2.5,
             "train_mode_loss": 2.0,
-            "gap": 0.0,
             "more_padding": 0.0 if cell["masked"] else 0.125,
         },
         "claims": lambda cell: {

@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from normkit.report.table import csv_rows
+from normkit.report.wording import norm_name
 from normkit.studies import digits
 from normkit.studies.protocol import (
-    NORM_NAMES,
     Chart,
     Figure,
     Record,
@@ -75,7 +75,7 @@ def _run(cell: Settings) -> dict[str, Any]:
 def _figures(records: Sequence[Record]) -> list[Figure]:
     labels = ("batch size, log2", "test error")
     lines = [
-        line(NORM_NAMES[norm], where(records, norm=norm), "batch", "test_error", _LOOKS[norm], log2=True)
+        line(norm_name(norm), where(records, norm=norm), "batch", "test_error", _LOOKS[norm], log2=True)
         for norm in each(records, "norm")
     ]
     batch_norm = where(records, norm="batch")
@@ -96,7 +96,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     for norm in each(records, "norm"):
         small, large = (median(where(records, norm=norm, batch=size), "test_error") for size in (SIZES[0], SIZES[-1]))
         said.append(
-            f"{NORM_NAMES[norm]}: {percent(small)} test error at batch {SIZES[0]}, {percent(large)} at {SIZES[-1]}."
+            f"{norm_name(norm)}: {percent(small)} test error at batch {SIZES[0]}, {percent(large)} at {SIZES[-1]}."
         )
     measured = (
         "share of wrong answers on 450 test images after training with the same number of epochs and a learning rate "
@@ -118,7 +118,7 @@ def _findings(records: Sequence[Record]) -> list[str]:
     return [
         f"From batch {SIZES[-1]} to batch {SIZES[0]} BatchNorm's test error changes by "
         f"{100 * rise('batch'):+.1f} points; "
-        + ", ".join(f"{NORM_NAMES[norm]}'s by {100 * rise(norm):+.1f}" for norm in others)
+        + ", ".join(f"{norm_name(norm)}'s by {100 * rise(norm):+.1f}" for norm in others)
         + ".",
         f"At batch {SIZES[0]} BatchNorm has {percent(running)} test error with its running statistics and "
         f"{percent(own)} with those of test batches of {SIZES[0]}.",

@@ -21,7 +21,8 @@ from normkit import functional
 from normkit.placement import placements
 from normkit.report.shapes import Series
 from normkit.report.table import csv_rows
-from normkit.studies.protocol import NORM_NAMES, Chart, Figure, Record, Settings, Study, panel, where
+from normkit.report.wording import norm_name
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, panel, where
 from normkit.study.models import Transformer
 
 NORMS = ("none", "layer", "rms", "batch", "group")
@@ -133,7 +134,7 @@ def _flat(records: Sequence[Record]) -> list[dict[str, Any]]:
     for record in where(records, what="step"):
         for norm, ms in record["step_ms"].items():
             found.append(
-                {"what": f"training step, {NORM_NAMES[norm]}", "norm": norm, "ms": ms,
+                {"what": f"training step, {norm_name(norm)}", "norm": norm, "ms": ms,
                  "over_none": ms / record["step_ms"]["none"], "saved_mb": record["saved_bytes"][norm] / 1e6,
                  "parameters": record["parameters"][norm]}
             )  # fmt: skip
@@ -142,7 +143,7 @@ def _flat(records: Sequence[Record]) -> list[dict[str, Any]]:
         for norm in ("layer", "rms"):
             for part, said in (("forward", "forward"), ("both", "forward and backward")):
                 found.append(
-                    {"what": f"{NORM_NAMES[norm]} ({record['rows']}, {record['size']}), {said}", "norm": norm,
+                    {"what": f"{norm_name(norm)} ({record['rows']}, {record['size']}), {said}", "norm": norm,
                      "ms": times[f"{norm} {part}"], "over_copy": times[f"{norm} {part}"] / times["copy"]}
                 )  # fmt: skip
     return found

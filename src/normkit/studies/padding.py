@@ -113,7 +113,6 @@ def _run(cell: Settings) -> dict[str, Any]:
         "padding": sum(shares) / len(shares),
         "eval_loss": stored,
         "train_mode_loss": own_loss,
-        "gap": stored - own_loss,
         "more_padding": other - own_loss,
     }
 
@@ -125,7 +124,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         ]
 
     label = "length to which batches are padded"
-    fields = ("masked", "length", "seed", "padding", "eval_loss", "train_mode_loss", "gap", "more_padding")
+    fields = ("masked", "length", "seed", "padding", "eval_loss", "train_mode_loss", "more_padding")
     chart = Chart(
         "padding-loss",
         "Loss on valid bytes, by the length that lines are padded to",

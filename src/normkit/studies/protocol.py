@@ -16,7 +16,6 @@ from typing import Any
 from normkit.report.shapes import Chart, Panel, Reference, Series, shared_limits
 
 __all__ = [
-    "NORM_NAMES",
     "Chart",
     "Figure",
     "Record",
@@ -34,14 +33,6 @@ __all__ = [
 
 Settings = dict[str, Any]  # of a cell: names and JSON values; everything that its numbers depend on
 Record = Mapping[str, Any]  # settings and measurements of a cell that is done, in one dict
-
-NORM_NAMES = {
-    "none": "no norm",
-    "batch": "BatchNorm",
-    "group": "GroupNorm",
-    "layer": "LayerNorm",
-    "rms": "RMSNorm",
-}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from normkit.study import Observation, measure, observe
 from normkit.study.models import Transformer
 from normkit.study.observation import numbers
 from normkit.study.observation.restore import as_found
+from pages import Page, browse
 
 # ---------------------------------------------------------------------------------------------- models to look at
 
@@ -1037,37 +1036,6 @@ def test_the_summary_writer_of_torch_takes_the_scalars(shown: Observation, tmp_p
     assert (event.step, event.value) == (3, pytest.approx(shown.blocks[0].identity, rel=1e-6))
 
 
-class Page(HTMLParser):
-    """What the tests ask about a page; a tag that closes another is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 def test_the_page_stands_alone_and_is_well_formed(page: Path) -> None:
     text = page.read_text()
     parsed = Page(text)
@@ -1189,18 +1157,11 @@ document.body.append(out);
 def test_the_page_opens_and_its_tables_sort_in_chromium(
     page: Path, shown: Observation, tmp_path: Path, width: int
 ) -> None:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium here: install it with apt-get install chromium")
     hooked = tmp_path / "page.html"
     hooked.write_text(page.read_text().replace("</body>", SORTS + "</body>"))
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    options = [*quiet.split(), "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000"]
-    command = [chromium, "--headless", "--no-sandbox", *options, f"--window-size={width},900", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", hooked.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)
+    dom, log = browse(hooked, tmp_path / "profile", width)
+    assert [line for line in log.splitlines() if "CONSOLE" in line] == []
+    match = re.search(r'<pre id="found">(.*?)</pre>', dom)
     assert match, "the test's script did not run"
     found = json.loads(match[1])
     assert found["sorted"] == sorted(block.identity for block in shown.blocks)

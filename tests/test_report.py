@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -29,6 +28,7 @@ from normkit.report import cells, charts, figures, findings, style, summary_rows
 from normkit.report.captions import CAPTIONS, MEASURED
 from normkit.report.load import PROFILES, load
 from normkit.report.view import view, with_range
+from pages import Page, browse
 
 PACKAGE = Path(normkit.__file__).parent / "report"
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,45 +89,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(GOLDEN / "one_seed", folder, ignore=shutil.ignore_patterns("findings.txt", "summary.csv"))
     assert write(folder) == folder / "report.html"
     return folder
-
-
-class Page(HTMLParser):
-    """What the tests ask about a page."""
-
-    VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, attributes in self.tags if (value := attributes.get(attribute)) is not None]
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def page_of(folder: Path) -> Page:
@@ -579,20 +540,6 @@ window.addEventListener("load", () => {
 });
 </script>
 """
-
-
-def browse(page: Path, profile: Path, width: int) -> tuple[str, str]:
-    """The page's DOM after it has run, and Chromium's log."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium here: install it with apt-get install chromium")
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    options = [*quiet.split(), "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000"]
-    command = [chromium, "--headless", "--no-sandbox", *options, f"--window-size={width},900", "--dump-dom"]
-    done = subprocess.run(
-        [*command, f"--user-data-dir={profile}", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("width", [1200, 500])

@@ -156,6 +156,8 @@ def test_tables_are_read_with_and_without_names(
         ("a,b\n", "expected numbers below the line of names, got none"),
         ("1,2\n3\n", "expected 2 numbers in line 2, got 1"),
         ("1,2\n\n\n3\n", "expected 2 numbers in line 4, got 1"),
+        ('1,2\n"3\n",4\n5\n', "expected 2 numbers in line 4, got 1"),
+        ("a,b\n1,2\na,b\n", "expected finite numbers in line 3, got 'a, b'"),
         ("a,b\n1,2\n3,oops\n", "expected finite numbers in line 3, got '3, oops'"),
         ("1,2\n3,nan\n", "expected finite numbers in line 2, got '3, nan'"),
         ("x\ny\n", "expected 1 numbers in line 2, got 0"),

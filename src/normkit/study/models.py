@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         for attends, feeds in zip(where[::2], where[1::2], strict=True):
             sublayers.append(Residual(Attention(width, heads, qk_norm), attends, norm_of_width, width))
             sublayers.append(Residual(FeedForward(width), feeds, norm_of_width, width))
-        final_norm = norm_of_width() if norm != "none" and where and where[-1].needs_final_norm else None
+        final_norm = norm_of_width() if where and where[-1].needs_final_norm else None
         self.stack = ResidualStack(sublayers, final_norm)
         self.head = nn.Linear(width, vocabulary)
         self.apply(INITS[init])

@@ -23,8 +23,8 @@ from normkit.study.models import Transformer
 from normkit.study.train import learning_rate
 
 PLACEMENTS = ("pre", "post", "deepnorm", "sandwich")
-LOWEST, HIGHEST = -14, 0  # powers of two that are tried
-HALVINGS = 2  # of the step above the largest that works: the answer is exact to the factor 2^(1/4), 19 %
+LOWEST, HIGHEST, STEP = -14, 0, 2  # powers of two that are tried: factors of 4, for time (each is a training)
+PRECISION = 0.25  # of the answer, in powers of two: 19 %
 # Nats a byte below guessing by the frequency of bytes. Not a distance from the cell's own best: PostNorm at 6 blocks
 # ended at 2.97 at best, and by that measure "worked" at 0.42, where it ended at 3.13 beside 3.16 for guessing.
 MARGIN = 0.2
@@ -63,7 +63,7 @@ def _cells(thorough: bool) -> list[Settings]:
     ]
 
 
-def _guessing(cell: Settings) -> float:
+def guessing(cell: Settings) -> float:
     """The loss of guessing, on bytes spread over the text that is trained on."""
     corpus = text()
     return data.guess_loss(corpus.train, data.spaced_batches(corpus.train, cell["batch"], cell["seq"], 8))
@@ -104,26 +104,29 @@ def trained(cell: Settings, lr: float) -> tuple[Transformer, float]:
 
 
 def _run(cell: Settings) -> dict[str, Any]:
-    tried = {2.0**power: _end_loss(cell, 2.0**power) for power in range(LOWEST, HIGHEST + 1)}
-    guessing = _guessing(cell)
+    guess = guessing(cell)
+    tried: dict[float, float] = {}  # by the rate's power of two
 
-    def works(lr: float) -> bool:
-        if lr not in tried:
-            tried[lr] = _end_loss(cell, lr)
-        return tried[lr] <= guessing - MARGIN
+    def works(power: float) -> bool:
+        if power not in tried:
+            tried[power] = _end_loss(cell, 2.0**power)
+        return tried[power] <= guess - MARGIN
 
-    working = [math.log2(lr) for lr in tried if works(lr)]
+    working = [float(power) for power in range(LOWEST, HIGHEST + 1, STEP) if works(power)]
+    if not working:  # DeepNorm at 6 blocks works between 2^-9.5 and 2^-8.25 only
+        best_power = min(tried, key=lambda power: tried[power])
+        working = [power for power in (best_power - STEP / 2, best_power + STEP / 2) if works(power)]
     low = max(working, default=math.nan)
-    high = low + 1
-    for _ in range(HALVINGS if low < HIGHEST else 0):  # not where none works: NaN is below nothing
+    high = min((power for power in tried if power > low), default=low)
+    while high - low > PRECISION:  # never where none works: NaN
         middle = (low + high) / 2
-        low, high = (middle, high) if works(2.0**middle) else (low, middle)
+        low, high = (middle, high) if works(middle) else (low, middle)
     best = min(tried.values())
-    losses = [[lr, loss if math.isfinite(loss) else None] for lr, loss in sorted(tried.items())]
+    losses = [[2.0**power, loss if math.isfinite(loss) else None] for power, loss in sorted(tried.items())]
     return {
         "largest_lr": 2.0**low if working else None,
         "best_loss": best if math.isfinite(best) else None,
-        "guess_loss": guessing,
+        "guess_loss": guess,
         "tried": losses,
     }
 
@@ -146,15 +149,19 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     measured = (
         f"AdamW, {records[0]['steps']} steps; a rate works if the mean loss of its last ten steps lies {MARGIN:g} nats "
         f"per byte or more below guessing by the frequency of bytes. Rates from 2^{LOWEST} to 2^{HIGHEST} by factors "
-        f"of 2, the step above the largest that works bisected {HALVINGS} times on a logarithmic scale."
+        f"of {2**STEP}, and where none works half a step beside the best; above the largest that works bisected to "
+        f"a factor of 2^{PRECISION}."
     )
     return [Figure(chart, tuple(_findings(records)), measured)]
 
 
 def _rate(records: Sequence[Record], **settings: Any) -> str:
     some = where(records, **settings)
-    value, best = median(some, "largest_lr"), median(some, "best_loss")
-    return f"none (best loss {best:.2f})" if math.isnan(value) else f"{value:.2g} (best loss {best:.2f})"
+    if not some:
+        return "not measured"
+    value, best = median(some, "largest_lr", missing=0.0), median(some, "best_loss", missing=math.inf)
+    loss = "every one diverges" if math.isinf(best) else f"best loss {best:.2f}"
+    return f"{value:.2g} ({loss})" if value else f"none ({loss})"
 
 
 def _findings(records: Sequence[Record]) -> list[str]:

@@ -142,6 +142,13 @@ def test_the_identity_branch_stands_beside_the_product_that_the_measured_varianc
     assert "where 1/√(1 + v) with the measured v makes 0.125" in findings.init_paragraph(of)
     chart = charts.all_charts(of.shown, 0.7)["identity-weight"]
     assert {row[chart.columns.index("uncorrelated")] for row in chart.rows} == {0.125, 0.25}
+    beside = [(panel.title, line) for panel in chart.panels for line in panel.series if line.variant == "uncorrelated"]
+    assert beside
+    assert all(title.endswith("at init") for title, _ in beside)
+    assert {y for _, line in beside for _, y in line.points} == {0.125}
+    assert [entry.label for entry in style.legend(chart) if entry.variant == "uncorrelated"] == [
+        f"{label}, ∏ 1/√(1+v)" for label in dict.fromkeys(line.label for _, line in beside)
+    ]
 
 
 def test_few_seeds_give_ranges_and_five_give_intervals() -> None:

@@ -241,7 +241,8 @@ MEASURED = {
     "branch cancels part of the skip, 1 where nothing rescales it. Dotted: with the gain |γ| of that norm, from a "
     "skip of unit std.",
     "identity-weight": "the weights of the figure above multiplied down the stack per token (for BatchNorm per "
-    "channel), then averaged. Dotted: with |γ|, the amplitude of the input's part in the stream.",
+    "channel), then averaged. Dotted: with |γ|, the amplitude of the input's part in the stream. Dash-dotted, at init: "
+    "the product of 1/√(1 + v) with the measured v, what uncorrelated branches would leave.",
     "batchnorm-at-eval": "the same held-out batches scored twice: with running statistics (marker) and with the "
     "statistics of the evaluated batch (bar).",
     "cost": "median wall time of a training step (forward, backward, optimizer) from a short serial pass in which the "

@@ -8,8 +8,9 @@ Read next: figures.py, which draws these.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -212,18 +213,22 @@ def _profile_panels(
     y_label: str,
     *,
     log: bool,
-    with_gain: str = "",
+    beside: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     references: Callable[[int], tuple[Reference, ...]] = lambda depth: (),
 ) -> tuple[Panel, ...]:
-    """A panel per depth and moment; the panels of a depth share a scale, which lines that blew up do not stretch."""
+    """A panel per depth and moment; the panels of a depth share a scale, which lines that blew up do not stretch.
+
+    `beside`: a variant (style.VARIANTS) -> the profile that it draws, and at which moment.
+    """
     panels: list[Panel] = []
     for depth in depths_of(cells):
         here = [cell for cell in cells if cell.depth == depth]
-        limits = _profile_limits(here, [name, with_gain] if with_gain else [name], references(depth), log)
+        names = [name, *(other for other, _ in beside.values())]
+        limits = _profile_limits(here, names, references(depth), log)
         for moment, when in MOMENTS.items():
             lines = [profile_series(cell, name, moment) for cell in here]
-            if with_gain and moment == "end":  # at init every gain is 1
-                lines += [profile_series(cell, with_gain, moment, variant="gain") for cell in here]
+            for variant, (other, at) in beside.items():
+                lines += [profile_series(cell, other, moment, variant) for cell in here if moment == at]
             title = f"{blocks(depth)}, {when}"
             panels.append(Panel(title, x_label, y_label, tuple(lines), references(depth), limits))
     return tuple(panels)
@@ -319,7 +324,12 @@ def _line_at_one(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 
 def _identity_panels(
-    cells: Sequence[Cell], names: tuple[str, str], y_label: str, log: bool, unit_line: Callable[[int], Reference]
+    cells: Sequence[Cell],
+    name: str,
+    y_label: str,
+    beside: Mapping[str, tuple[str, str]],
+    log: bool,
+    unit_line: Callable[[int], Reference],
 ) -> tuple[Panel, ...]:
     """Panels of the cells that rescale the skip; all others are one line at 1."""
     rescaling = [cell for cell in cells if rescales_skip(cell)]
@@ -332,7 +342,7 @@ def _identity_panels(
 
     shown = rescaling or cells  # without a norm after the add anywhere, the lines at 1 are the figure
     return _profile_panels(
-        shown, names[0], SUBLAYER, y_label, log=log, with_gain=names[1] if rescaling else "", references=references
+        shown, name, SUBLAYER, y_label, log=log, beside=beside if rescaling else {}, references=references
     )
 
 
@@ -342,7 +352,8 @@ def skip_weight(cells: Sequence[Cell], unit_weight: float) -> Chart:
     def unit_line(depth: int) -> Reference:
         return Reference("unit-variance line, 1/√2", tuple((float(i), unit_weight) for i in range(1, 2 * depth + 1)))
 
-    panels = _identity_panels(cells, names, "weight of the identity branch", False, unit_line)
+    beside = {"gain": (names[1], "end")}  # at init every gain is 1
+    panels = _identity_panels(cells, names[0], "weight of the identity branch", beside, False, unit_line)
     columns = (*IDENTITY, "moment", "sublayer", "skip_weight", "skip_weight_with_gain")
     rows = _profile_rows(cells, names)
     title = "The identity branch, sublayer by sublayer"
@@ -350,15 +361,20 @@ def skip_weight(cells: Sequence[Cell], unit_weight: float) -> Chart:
 
 
 def identity_weight(cells: Sequence[Cell], unit_weight: float) -> Chart:
-    names = ("identity_weight_by_sublayer", "identity_weight_with_gain_by_sublayer")
+    names = (
+        "identity_weight_by_sublayer",
+        "identity_weight_with_gain_by_sublayer",
+        "uncorrelated_identity_weight_by_sublayer",
+    )
 
     def unit_line(depth: int) -> Reference:
         points = tuple((float(i), unit_weight**i) for i in range(1, 2 * depth + 1))
         return Reference("unit-variance line, 2^(−l/2)", points)
 
-    panels = _identity_panels(cells, names, "weight left of the input", True, unit_line)
+    beside = {"gain": (names[1], "end"), "uncorrelated": (names[2], "init")}
+    panels = _identity_panels(cells, names[0], "weight left of the input", beside, True, unit_line)
     columns = (*IDENTITY, "moment", "sublayer", "identity_weight", "identity_weight_with_gain", "uncorrelated")
-    rows = _profile_rows(cells, (*names, "uncorrelated_identity_weight_by_sublayer"))
+    rows = _profile_rows(cells, names)
     notes = (*_line_at_one(cells), *_missing(cells, names[0]))
     title = "The identity branch down the stack"
     return Chart("identity-weight", title, "profile", panels, columns, rows, log=True, notes=notes)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from normkit.report.shapes import Chart, Panel, Reference, Series
-from normkit.report.style import CARD, FONT, INK, MUTED, REFERENCE, RULE, LegendEntry, css_variables, look
+from normkit.report.style import CARD, FONT, INK, MUTED, REFERENCE, RULE, VARIANTS, LegendEntry, css_variables, look
 from normkit.report.wording import tick
 
 PANEL_WIDTH, PANEL_HEIGHT, ROW_HEIGHT = 4.2, 2.8, 0.26  # inches; at 72 dpi a phone's width is about 4.7
@@ -109,8 +109,8 @@ def _line(axes: Axes, series: Series, log: bool) -> None:
         x, low, high = zip(*series.band, strict=True)
         axes.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0)
     x, y = zip(*points, strict=True)
-    if series.variant == "gain":
-        axes.plot(x, y, color=style.color, linestyle=(0, (1, 1.6)), linewidth=1.3)
+    if series.variant:
+        axes.plot(x, y, color=style.color, linestyle=(0, VARIANTS[series.variant][1]), linewidth=1.3)
         return
     many = len(points) > 30  # curves carry a marker now and then, profiles one per sublayer
     axes.plot(
@@ -276,8 +276,8 @@ def _legend(figure: Figure, entries: Sequence[LegendEntry]) -> None:
                 [],
                 [],
                 color=style.color,
-                linestyle=(0, (1, 1.6)) if entry.variant == "gain" else style.mpl_dash,
-                marker="" if entry.variant == "gain" else style.marker,
+                linestyle=(0, VARIANTS[entry.variant][1]) if entry.variant else style.mpl_dash,
+                marker="" if entry.variant else style.marker,
                 markerfacecolor=style.color if style.filled else CARD,
                 label=entry.label,
                 markersize=5,

@@ -26,7 +26,7 @@ class Series:
     points: Points  # a line: (x, median over seeds); dots: (value, 0) per seed
     band: tuple[tuple[float, float, float], ...] = ()  # (x, lowest, highest over seeds), from two seeds on
     faint: tuple[Points, ...] = ()  # raw curves behind a smoothed one
-    variant: str = ""  # "gain": thin dotted, the same quantity with |gamma|; "batch": second dot of a row
+    variant: str = ""  # a thin line, style.VARIANTS; "batch": second dot of a row
     stopped: bool = False  # diverged: the line's last point is marked
     note: str = ""  # dots: written where there is no value
 

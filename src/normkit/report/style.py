@@ -29,6 +29,8 @@ _MARKERS = {"none": "o", "batch": "s", "layer": "^", "rms": "D"}
 _OTHER_MARKERS = ("v", "P", "p")
 _DASHES = {None: (), "pre": (), "post": (4.0, 2.0)}
 _OTHER_DASHES = ((7.0, 2.0), (6.0, 1.5, 1.5, 1.5), (2.0, 1.0))
+# thin lines without markers, of a quantity beside the measured one: what the legend says, and the dash
+VARIANTS = {"gain": ("with |γ|", (1.0, 1.6)), "uncorrelated": ("∏ 1/√(1+v)", (6.0, 1.5, 1.0, 1.5, 1.0, 1.5))}
 _PAGE_COLORS = {"--ink": (INK, "#e6e9ec"), "--muted": (MUTED, "#9aa4ae"), "--rule": (RULE, "#333b44")}
 _PAGE_COLORS |= {"--card": (CARD, "#171c21"), "--reference": (REFERENCE, "#8d97a1")}
 
@@ -96,11 +98,16 @@ def legend(chart: Chart) -> tuple[LegendEntry, ...]:
     drawn = [series for panel in chart.panels for series in panel.series if series.points]
     lines = [] if chart.kind == "dots" else drawn
     plain = [LegendEntry(s.label, s.norm, s.placement) for s in lines if not s.variant]
-    gain = [LegendEntry(f"{s.label}, with |γ|", s.norm, s.placement, "gain") for s in lines if s.variant == "gain"]
+    beside = [
+        LegendEntry(f"{s.label}, {says}", s.norm, s.placement, variant)
+        for variant, (says, _) in VARIANTS.items()
+        for s in lines
+        if s.variant == variant
+    ]
     references = [
         LegendEntry(reference.label, None, variant="solid" if reference.solid else "")
         for panel in chart.panels
         for reference in panel.references
         if reference.points or math.isfinite(reference.level)
     ]
-    return tuple(dict.fromkeys([*plain, *gain, *references]))
+    return tuple(dict.fromkeys([*plain, *beside, *references]))

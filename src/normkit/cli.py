@@ -200,13 +200,17 @@ def _others(name: str, jobs: int, out: Path, *, thorough: bool, fresh: bool, clu
                     STUDIES[each], out / each, thorough=thorough, jobs=jobs, fresh=fresh, cluster=cluster,
                     say=lambda line: say(console, line),
                 )  # fmt: skip
-        command = _command(["study", name, *(["--thorough"] if thorough else [])])
+
+        def command(each: str) -> str:
+            return _command(["study", each, *(["--thorough"] if thorough else [])])
+
         if name == "all":
             from normkit.report.placement import placement_section
 
-            path = report_studies(records, out, command, first=(placement_section(out / "placement"),))
+            first = (placement_section(out / "placement", command("placement")),)
+            path = report_studies(records, out, name, command, first)
         else:
-            path = report_studies(records, out / name, command)
+            path = report_studies(records, out / name, name, command)
     say(console, f"Report: {path}")
     return [record for kept in records.values() for record in kept]
 

@@ -90,7 +90,7 @@ def placements(name: str, sublayers: int) -> tuple[Placement, ...]:
     | sandwich | x + norm(f(norm(x))) | Ding et al., "CogView", 2021; Kim et al., "Peri-LN", 2025 |
     | reordered | x + norm(f(x)) | OLMo team, "2 OLMo 2 Furious", 2025; there with norms on queries and keys |
     | deepnorm | norm(alpha x + f(x)) | Wang et al., "DeepNet", 2022: alpha = (2N)^(1/4), init_gain = (8N)^(-1/4) |
-    | keel | norm(alpha x + f(norm(x))) | "KEEL", 2026, by second hand: alpha = the number of sublayers |
+    | keel | norm(alpha x + f(norm(x))) | Chen & Wei, "Keel", 2026; by second hand: alpha = the number of sublayers |
     | mix | a quarter of the layers post, then pre | Li et al., "Mix-LN", 2024 |
     | layernorm-scaling | x + f(norm(x) / sqrt(l)) | Sun et al., "The Curse of Depth in Large Language Models", 2025 |
     | layerscale | x + a f(norm(x)) | Touvron et al., "Going deeper with Image Transformers", 2021, section 2 |

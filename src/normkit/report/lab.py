@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normkit.report.parts import Drawn, Table, environment, write
+from normkit.report.parts import Drawn, Table, environment, write, write_figures
 from normkit.report.table import Column, Entry
 from normkit.report.wording import DASH, significant
 
@@ -30,6 +30,7 @@ class Section:
     table: Table
     notes: tuple[str, ...]
     seconds: float  # of all cells together
+    command: str  # that runs this study alone
 
     @property
     def minutes(self) -> str:
@@ -46,11 +47,14 @@ def _entry(value: Any) -> Entry:
     return Entry(DASH, None) if value is None else Entry(str(value), str(value))
 
 
-def measured_table(name: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> Table:
+def measured_table(
+    name: str, about: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]
+) -> Table:
     """A table of records.
 
     Args:
         name: the element's id.
+        about: what a row is.
         columns: of each its field, title and what it means.
         rows: the records.
     """
@@ -62,7 +66,7 @@ def measured_table(name: str, columns: Sequence[tuple[str, str, str]], rows: Seq
         )
         made.append(Column(title, numeric, help))
     entries = tuple(tuple(_entry(row.get(field)) for field, _, _ in columns) for row in rows)
-    return Table(name, "Every cell", "A row per cell.", tuple(made), entries)
+    return Table(name, "All numbers", about, tuple(made), entries)
 
 
 def render(sections: Sequence[Section], command: str, versions: Mapping[str, str]) -> str:
@@ -79,7 +83,7 @@ def render(sections: Sequence[Section], command: str, versions: Mapping[str, str
 
 
 def save(sections: Sequence[Section], path: Path, command: str, versions: Mapping[str, str]) -> Path:
-    """Write the page, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the page, and its figures into figures/ beside it, each file atomically."""
+    write_figures([figure for section in sections for figure in section.figures], path.parent / "figures")
     write(path, render(sections, command, versions).encode())
     return path

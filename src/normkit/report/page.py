@@ -17,7 +17,7 @@ from normkit.report.cells import most_seeds
 from normkit.report.charts import all_charts
 from normkit.report.findings import batch_paragraph, findings, init_paragraph, notes, opening, scope
 from normkit.report.load import load, number
-from normkit.report.parts import Drawn, Table, draw, environment
+from normkit.report.parts import Drawn, Table, draw, environment, write_figures
 from normkit.report.parts import write as write_file
 from normkit.report.table import summary_csv, verdict
 from normkit.report.view import View, view
@@ -131,18 +131,9 @@ def write(folder: Path) -> Path:
         FileNotFoundError: the folder or one of the two files is missing.
         ValueError: study.json is no JSON object.
     """
-    from normkit.report.figures import png
-
     of = view(load(folder))
     drawn = drawn_charts(of)
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    for figure in drawn:
-        path = figures / f"{figure.chart.name}.png"
-        if figure.panels:
-            write_file(path, png(figure.chart, figure.legend))
-        else:
-            path.unlink(missing_ok=True)  # of an earlier report
+    write_figures(drawn, folder / "figures")
     write_file(folder / "summary.csv", summary_csv(of.cells).encode())
     write_file(folder / "report.html", render(of, drawn).encode())
     return folder / "report.html"

@@ -1,6 +1,6 @@
 """What all pages are made of: drawn charts, sortable tables, the templates' environment, a file written whole.
 
-Here: Drawn, draw, Table, environment, write.
+Here: Drawn, draw, write_figures, Table, environment, write.
 May import: jinja2, matplotlib (through figures.py), style, shapes, table.
 Read next: templates/parts.html.j2; page.py, lab.py and observation.py, the pages.
 """
@@ -17,7 +17,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from normkit.report.shapes import Chart
-from normkit.report.style import LegendEntry, legend, look, theme
+from normkit.report.style import VARIANTS, LegendEntry, legend, look, theme
 from normkit.report.table import Column, Entry, csv_text
 
 
@@ -69,8 +69,21 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals.update(look=look, light=theme(dark=False), dark=theme(dark=True))
+    made.globals.update(look=look, variants=VARIANTS, light=theme(dark=False), dark=theme(dark=True))
     return made
+
+
+def write_figures(drawn: Sequence[Drawn], folder: Path) -> None:
+    """NAME.png of every chart with its legend; that of an earlier report goes where a chart has no panels now."""
+    from normkit.report.figures import png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in drawn:
+        path = folder / f"{figure.chart.name}.png"
+        if figure.panels:
+            write(path, png(figure.chart, figure.legend))
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -17,8 +17,8 @@ from normkit.report.page import cells_table, drawn_charts
 from normkit.report.view import view
 
 
-def placement_section(folder: Path) -> Section:
-    """What the study in a folder (docs/records.md) found.
+def placement_section(folder: Path, command: str) -> Section:
+    """What the study in a folder (docs/records.md) found; `command` runs it alone.
 
     Raises:
         FileNotFoundError: its records.jsonl or its study.json is missing.
@@ -34,4 +34,5 @@ def placement_section(folder: Path) -> Section:
         table=cells_table(of),
         notes=notes(of),
         seconds=sum(record.seconds for record in of.run.records if math.isfinite(record.seconds)),
+        command=command,
     )

@@ -7,6 +7,7 @@ Read next: running.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import islice
@@ -94,10 +95,10 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     )
     said = []
     for norm in each(records, "norm"):
-        small, large = (median(where(records, norm=norm, batch=size), "test_error") for size in (SIZES[0], SIZES[-1]))
-        said.append(
-            f"{norm_name(norm)}: {percent(small)} test error at batch {SIZES[0]}, {percent(large)} at {SIZES[-1]}."
-        )
+        some = where(records, norm=norm)
+        small, large = (choose(record["batch"] for record in some) for choose in (min, max))
+        first, last = (percent(median(where(some, batch=size), "test_error")) for size in (small, large))
+        said.append(f"{norm_name(norm)}: {first} test error at batch {small}, {last} at {large}.")
     measured = (
         "share of wrong answers on 450 test images after training with the same number of epochs and a learning rate "
         "in proportion to the batch; eval mode, and for BatchNorm also with the statistics of test batches of the "
@@ -107,22 +108,22 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
 
 
 def _findings(records: Sequence[Record]) -> list[str]:
-    def rise(norm: str) -> float:
-        return median(where(records, norm=norm, batch=SIZES[0]), "test_error") - median(
-            where(records, norm=norm, batch=SIZES[-1]), "test_error"
+    small, large, said = SIZES[0], SIZES[-1], []
+    rises = {}
+    for norm in ("batch", "group", "layer", "rms"):
+        first, last = (median(where(records, norm=norm, batch=size), "test_error") for size in (small, large))
+        if not math.isnan(first - last):
+            rises[norm_name(norm)] = f"{100 * (first - last):+.1f} points"
+    if rises:
+        changes = ", ".join(f"{name}'s by {rise}" for name, rise in rises.items())
+        said.append(f"From batch {large} to batch {small} the test error changes: {changes}.")
+    if at_small := where(records, norm="batch", batch=small):
+        own, running = (percent(median(at_small, name)) for name in ("test_error_own_statistics", "test_error"))
+        said.append(
+            f"At batch {small} BatchNorm has {running} test error with its running statistics and {own} with those of "
+            f"test batches of {small}."
         )
-
-    others = [norm for norm in ("group", "layer", "rms") if where(records, norm=norm)]
-    own = median(where(records, norm="batch", batch=SIZES[0]), "test_error_own_statistics")
-    running = median(where(records, norm="batch", batch=SIZES[0]), "test_error")
-    return [
-        f"From batch {SIZES[-1]} to batch {SIZES[0]} BatchNorm's test error changes by "
-        f"{100 * rise('batch'):+.1f} points; "
-        + ", ".join(f"{norm_name(norm)}'s by {100 * rise(norm):+.1f}" for norm in others)
-        + ".",
-        f"At batch {SIZES[0]} BatchNorm has {percent(running)} test error with its running statistics and "
-        f"{percent(own)} with those of test batches of {SIZES[0]}.",
-    ]
+    return said
 
 
 BATCH_SIZE = Study(

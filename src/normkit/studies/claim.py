@@ -25,6 +25,7 @@ class Claim:
     measure: Callable[[int], Measured]  # a seed -> the number and its parts
     holds: Callable[[float], bool]
     criterion: str
+    on_text: bool = False  # then the text's digest belongs to a cell's settings
 
 
 def slope(by_depth: dict[str, float]) -> float:

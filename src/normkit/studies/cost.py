@@ -224,4 +224,5 @@ COST = Study(
     figures=_figures,
     findings=_findings,
     table_rows=_flat,
+    table_about="A row for each norm in the training step, and for each norm, size and direction alone.",
 )

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from normkit.layers import BatchNorm1d
 from normkit.report.table import csv_rows
-from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, line, median, panel, percent, where
+from normkit.studies.protocol import Chart, Figure, Record, Settings, Study, each, line, median, panel, percent, where
 from normkit.study import data
 
 LONGEST = 48  # bytes of a line that is used
@@ -144,9 +144,11 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
 
 
 def _findings(records: Sequence[Record]) -> list[str]:
-    longest = max(record["length"] for record in records)
-    some = where(records, length=longest)
-    without, masked = where(some, masked=False), where(some, masked=True)
+    lengths = [set(each(where(records, masked=flag), "length")) for flag in (False, True)]
+    if not (both := lengths[0] & lengths[1]):
+        return []
+    longest = max(both)
+    without, masked = (where(records, length=longest, masked=flag) for flag in (False, True))
     return [
         f"Padded to {longest} ({percent(median(without, 'padding'), 0)} padding), evaluation ends at "
         f"{median(without, 'eval_loss'):.3f} nats per byte without a mask and {median(masked, 'eval_loss'):.3f} with "

@@ -57,6 +57,10 @@ class Study:
         columns: of the report's table: field, title, what it means.
         figures, findings: what all records show; the sentences hold the records' numbers.
         table_rows: the rows of the table, where they are not the records themselves.
+        table_about: what a row is.
+
+    Figures, findings and rows take whatever part of the grid there is, as cells may fail: what has no number is not
+    said, or said to be not measured.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Study:
     figures: Callable[[Sequence[Record]], list[Figure]]
     findings: Callable[[Sequence[Record]], list[str]]
     table_rows: Callable[[Sequence[Record]], Sequence[Record]] = lambda records: records
+    table_about: str = "A row for each cell."
 
 
 def where(records: Iterable[Record], **settings: Any) -> list[Record]:
@@ -80,9 +85,10 @@ def each(records: Iterable[Record], name: str) -> list[Any]:
     return list(dict.fromkeys(record[name] for record in records))
 
 
-def median(records: Iterable[Record], field: str) -> float:
-    """Over the records, NaN where none has a number."""
-    values = [float(record[field]) for record in records if record[field] is not None]
+def median(records: Iterable[Record], field: str, missing: float = math.nan) -> float:
+    """Over the records, NaN where there are none; one without a number counts as `missing`, or not at all if NaN."""
+    values = [missing if record[field] is None else float(record[field]) for record in records]
+    values = [value for value in values if not math.isnan(value)]
     return statistics.median(values) if values else math.nan
 
 

@@ -139,37 +139,43 @@ def _record(
 
 
 def report_studies(
-    records: dict[str, list[Kept]], folder: Path, command: str, first: Sequence[lab.Section] = ()
+    records: dict[str, list[Kept]],
+    folder: Path,
+    name: str,
+    command: Callable[[str], str],
+    first: Sequence[lab.Section] = (),
 ) -> Path:
-    """Write folder/report.html with a section for each study that has records.
+    """Write folder/report.html with a section for each study that has records, and folder/figures/*.png.
 
     Args:
         records: of each study, by its name.
         folder: where the page goes.
-        command: that makes it again.
+        name: of the study, or "all".
+        command: a name -> the command that runs it.
         first: sections that come before these.
     """
     sections = list(first)
-    for name, kept in records.items():
-        study = STUDIES[name]
+    for each, kept in records.items():
+        study = STUDIES[each]
         good = [{**record["settings"], **record["measured"]} for record in kept if record["status"] == "ok"]
         failed = [record for record in kept if record["status"] != "ok"]
         notes = [f"{len(failed)} of {len(kept)} cells failed; the first: {failed[0]['reason']}"] if failed else []
         sections.append(
             lab.Section(
-                name=name,
+                name=each,
                 question=study.question,
                 data=study.data,
                 findings=tuple(study.findings(good)) if good else (),
                 figures=tuple(
-                    draw(each.chart, each.sentences, each.measured)
-                    for each in (study.figures(good) if good else ())
-                    if not each.chart.empty
+                    draw(figure.chart, figure.sentences, figure.measured)
+                    for figure in (study.figures(good) if good else ())
+                    if not figure.chart.empty
                 ),
-                table=lab.measured_table(f"cells-{name}", study.columns, study.table_rows(good)),
+                table=lab.measured_table(f"cells-{each}", study.table_about, study.columns, study.table_rows(good)),
                 notes=tuple(notes),
                 seconds=sum(record["seconds"] or 0.0 for record in kept),
+                command=command(each),
             )
         )
     versions: dict[str, str] = next((record["versions"] for kept in records.values() for record in kept), {})
-    return lab.save(sections, folder / "report.html", command, versions)
+    return lab.save(sections, folder / "report.html", command(name), versions)

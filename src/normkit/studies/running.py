@@ -122,8 +122,8 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     )
     said = []
     for decay, some in by_decay.items():
-        trusted = median(some, "trusted_from")
-        since = "not within the run" if math.isnan(trusted) else f"from step {trusted:.0f} on"
+        trusted = median(some, "trusted_from", missing=math.inf)
+        since = "not within the run" if math.isinf(trusted) else f"from step {trusted:.0f} on"
         said.append(
             f"Decay {decay}: evaluation is within {percent(TRUST, 0)} of that with exact statistics {since}; at the "
             f"end the means are {median(some, 'end_distance'):.3f} standard deviations off."
@@ -142,9 +142,9 @@ def _findings(records: Sequence[Record]) -> list[str]:
         some = where(records, decay=decay)
         if not some:
             continue
-        trusted = median(some, "trusted_from")
+        trusted = median(some, "trusted_from", missing=math.inf)
         steps = some[0]["steps"]
-        since = f"later than step {steps}" if math.isnan(trusted) else f"step {trusted:.0f}"
+        since = f"later than step {steps}" if math.isinf(trusted) else f"step {trusted:.0f}"
         said.append(
             f"With decay {decay} evaluation can be trusted from {since} on; the start value weighs less than 1 % "
             f"after {updates_until(decay)} updates."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -147,7 +148,7 @@ def _chart(
     *,
     log: bool = False,
     more: tuple[str, ...] = (),
-    predicted: Reference | None = None,
+    predicted: bool = False,
 ) -> Chart:
     """A field by the initial weights' standard deviation, a panel for each activation."""
     fields = ("activation", "std", "batchnorm", "seed", field, *more)
@@ -156,16 +157,34 @@ def _chart(
             activation,
             ("standard deviation of initial weights, log10", label),
             _series(records, field, activation),
-            (predicted,) if predicted is not None and index == 0 else (),
+            _predicted(where(records, activation=activation, batchnorm=False)) if predicted else (),
             log=log,
         )
-        for index, activation in enumerate(each(records, "activation"))
+        for activation in each(records, "activation")
     ]
     return Chart(name, title, "curves", tuple(panels), fields, csv_rows(records, fields), log=log)
 
 
-def _curves(records: Sequence[Record]) -> Chart:
-    """Training loss by step at the smallest, the middle and the largest deviation; of the first seed."""
+def _predicted(records: Sequence[Record]) -> tuple[Reference, ...]:
+    points = tuple(sorted({(record["log_std"], record["predicted"]) for record in records}))
+    return (Reference("first layer without, predicted", points),) if points else ()
+
+
+def _curves(
+    records: Sequence[Record],
+    name: str,
+    title: str,
+    field: str,
+    labels: tuple[str, str],
+    *,
+    every: int = 1,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> Chart:
+    """A list of numbers at the smallest, the middle and the largest deviation; of the first seed.
+
+    Its entries stand at 1, 1 + every, ... on the x axis. Without `limits` each panel has its own.
+    """
     stds = sorted(each(records, "std"))
     panels, points = [], []
     for activation in each(records, "activation"):
@@ -173,19 +192,17 @@ def _curves(records: Sequence[Record]) -> Chart:
             lines = []
             for flag in (False, True):
                 for record in where(records, activation=activation, std=std, batchnorm=flag)[:1]:
-                    curve = tuple((float(1 + LOSS_EVERY * i), loss) for i, loss in enumerate(record["losses"]))
+                    curve = tuple((float(1 + every * i), value) for i, value in enumerate(record[field]))
                     lines.append(Series(_NAMES[flag], *_LOOKS[flag], curve))
                     points += [(activation, std, flag, record["seed"], *point) for point in curve]
-            panels.append(panel(f"{activation}, {std:g}", ("step", "training loss (nats)"), lines))
-    fields = ("activation", "std", "batchnorm", "seed", "step", "loss")
-    return Chart("saturation-learning", "Learning curves", "curves", tuple(panels), fields, tuple(points))
+            one = panel(f"{activation}, {std:g}", labels, lines, log=log)
+            panels.append(one if limits is None else replace(one, limits=limits))
+    fields = ("activation", "std", "batchnorm", "seed", labels[0], field)
+    return Chart(name, title, "curves", tuple(panels), fields, tuple(points), log=log)
 
 
 def _figures(records: Sequence[Record]) -> list[Figure]:
     records = [{**record, "log_std": math.log10(record["std"])} for record in records]
-    first = where(records, activation=records[0]["activation"], batchnorm=False)
-    points = sorted({(record["log_std"], record["predicted"]) for record in first})
-    predicted = Reference("first layer without, predicted", tuple(points))
     saturated = _chart(
         records,
         "saturation-units",
@@ -193,7 +210,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         "first_saturated",
         "share of saturated units",
         more=("last_saturated", "predicted"),
-        predicted=predicted,
+        predicted=True,
     )
     gradients = _chart(
         records,
@@ -203,22 +220,56 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         "ratio of gradient norms",
         log=True,
     )
+    by_layer = _curves(
+        records,
+        "saturation-layers",
+        "Gradient by layer, at initialisation",
+        "gradients",
+        ("layer", "gradient norm (L2)"),
+        log=True,
+    )
+    units_by_layer = _curves(
+        records,
+        "saturation-units-by-layer",
+        "Saturated units by layer, at initialisation",
+        "saturated",
+        ("layer", "share of saturated units"),
+        limits=(-0.05, 1.05),
+    )
+    learning = _curves(
+        records,
+        "saturation-learning",
+        "Learning curves",
+        "losses",
+        ("step", "training loss (nats)"),
+        every=LOSS_EVERY,
+    )
     errors = _chart(
         records, "saturation-error", "Test error after training", "test_error", "test error", more=("end_loss",)
     )
     return [
         Figure(saturated, tuple(_of_units(records)), f"share of units and training images whose derivative is below "
                f"{SHARE:g} of its largest value; the prediction is normkit.theory's for Gaussian z."),
+        Figure(units_by_layer, (), "the same share in each of the six layers; titles give the deviation."),
         Figure(gradients, (), "L2 norms of the loss's gradient with respect to the first and the last matrix of six."),
-        Figure(_curves(records), (), "loss of the training batch, every tenth step; titles give the deviation."),
+        Figure(by_layer, (), "the same norm of each of the six matrices; titles give the deviation."),
+        Figure(learning, (), "loss of the training batch, every tenth step; titles give the deviation."),
         Figure(errors, tuple(_of_errors(records)), "share of wrong answers on 450 test images, eval mode."),
     ]  # fmt: skip
 
 
+def _compared(records: Sequence[Record], activation: str) -> list[float]:
+    """The standard deviations that were measured without BatchNorm and with it."""
+    without, with_norm = (each(where(records, activation=activation, batchnorm=flag), "std") for flag in (False, True))
+    return sorted(set(without) & set(with_norm))
+
+
 def _of_units(records: Sequence[Record]) -> list[str]:
-    largest = max(record["std"] for record in records)
     said = []
     for activation in each(records, "activation"):
+        if not (stds := _compared(records, activation)):
+            continue
+        largest = stds[-1]
         some = where(records, activation=activation, std=largest)
         without, with_norm = (median(where(some, batchnorm=flag), "first_saturated") for flag in (False, True))
         said.append(
@@ -233,17 +284,18 @@ def _of_units(records: Sequence[Record]) -> list[str]:
 def _of_errors(records: Sequence[Record]) -> list[str]:
     said = []
     for activation in each(records, "activation"):
+        if not (stds := _compared(records, activation)):
+            continue
         learned = {
             flag: sum(
                 median(where(records, activation=activation, batchnorm=flag, std=std), "test_error") < 0.5
-                for std in each(records, "std")
+                for std in stds
             )
             for flag in (False, True)
         }
-        count = len(each(records, "std"))
         said.append(
-            f"{activation}: of {count} initial standard deviations {learned[False]} end below 50 % test error without "
-            f"and {learned[True]} with BatchNorm."
+            f"{activation}: of {len(stds)} initial standard deviations {learned[False]} end below 50 % test error "
+            f"without and {learned[True]} with BatchNorm."
         )
     return said
 

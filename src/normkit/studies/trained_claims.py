@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -36,26 +37,34 @@ def _text_cell(seed: int, **settings: object) -> Settings:
 # ---------------------------------------------------------------------------------------------- ends of trainings
 
 
+def _end_loss(cell: Settings, lr: float) -> float:
+    """At most that of guessing, so that a run which diverges has a number."""
+    return min(warmup.trained(cell, lr)[1], warmup.guessing(cell))
+
+
 def _warmup(seed: int) -> Measured:
-    found = {str(steps): warmup.trained(_text_cell(seed, placement="post", warmup=steps), 3e-3)[1] for steps in (0, 25)}
+    found = {str(steps): _end_loss(_text_cell(seed, placement="post", warmup=steps), 3e-3) for steps in (0, 25)}
     return found["0"] - found["25"], found
 
 
 def _deepnorm(seed: int) -> Measured:
+    """Each at the better of two rates: with one rate for both the verdict hangs on which."""
     found = {
-        name: warmup.trained(_text_cell(seed, placement=name, depth=DEPTH), 1e-3)[1] for name in ("post", "deepnorm")
+        name: min(_end_loss(_text_cell(seed, placement=name, depth=DEPTH), lr) for lr in (1e-3, 3e-3))
+        for name in ("post", "deepnorm")
     }
     return found["post"] - found["deepnorm"], found
 
 
 def _same_loss(seed: int) -> Measured:
-    found = {norm: warmup.trained(_text_cell(seed, norm=norm), 3e-3)[1] for norm in ("layer", "rms")}
+    found = {norm: _end_loss(_text_cell(seed, norm=norm), 3e-3) for norm in ("layer", "rms")}
     return found["rms"] - found["layer"], found
 
 
 # ---------------------------------------------------------------------------------------------- Pre-LN's deep blocks
 
 
+@lru_cache(maxsize=4)  # four claims look at the same models
 def _trained_deep(placement: str, seed: int) -> tuple[Transformer, Tensor, Tensor]:
     """A model of 12 blocks after its training, and a batch that it did not see."""
     cell = _text_cell(seed, placement=placement, depth=DEPTH)
@@ -160,7 +169,7 @@ def _small_batches(seed: int) -> Measured:
         for size in (2, 32)
     }
     rises = {norm: found[f"{norm} 2"] - found[f"{norm} 32"] for norm in ("batch", "group")}
-    return rises["batch"] - rises["group"], found
+    return round(rises["batch"] - rises["group"], 9), found  # equal shares of 450 images differ by nothing, not 1e-16
 
 
 def _lag(seed: int) -> Measured:
@@ -188,22 +197,25 @@ def _time_saved(seed: int) -> Measured:
 
 _SUN = "Sun et al. 2025 (Curse of Depth), arXiv 2502.05795"
 _ON_TEXT = "text, width 32, 150 steps"
+_END = "end loss (at most that of guessing)"
 TRAINED: dict[str, Claim] = {
     "post-warmup": Claim(
         "Post-LN needs a warm-up",
         "Xiong et al. 2020, arXiv 2002.04745, section 3",
-        f"end loss without minus with 25 steps of warm-up, 4 blocks, rate 0.003, {_ON_TEXT}",
+        f"{_END} without minus with 25 steps of warm-up, 4 blocks, rate 0.003, {_ON_TEXT}",
         _warmup,
         lambda value: value > 0.05,
         "above 0.05 nats",
+        on_text=True,
     ),
     "deepnorm": Claim(
         "Deep Post-LN trains with DeepNorm's alpha and beta, where plain Post-LN does not",
         "Wang et al. 2022 (DeepNet), arXiv 2203.00555",
-        f"end loss of Post-LN minus that of DeepNorm, 12 blocks, rate 0.001, {_ON_TEXT}",
+        f"{_END} of Post-LN minus DeepNorm's, 12 blocks, each at the better rate of 0.001 and 0.003, {_ON_TEXT}",
         _deepnorm,
         lambda value: value > 0.2,
         "above 0.2 nats",
+        on_text=True,
     ),
     "batchnorm-rates": Claim(
         "Higher learning rates survive with BatchNorm",
@@ -240,10 +252,11 @@ TRAINED: dict[str, Claim] = {
     "rms-loss": Claim(
         "RMSNorm is as accurate as LayerNorm",
         "Zhang and Sennrich 2019, arXiv 1910.07467",
-        f"end loss of RMSNorm minus LayerNorm's, 4 blocks, rate 0.003, {_ON_TEXT}",
+        f"{_END} of RMSNorm minus LayerNorm's, 4 blocks, rate 0.003, {_ON_TEXT}",
         _same_loss,
         lambda value: abs(value) < 0.05,
         "-0.05 to 0.05 nats",
+        on_text=True,
     ),
     "deep-identity": Claim(
         "Pre-LN's deep blocks tend to the identity",
@@ -252,6 +265,7 @@ TRAINED: dict[str, Claim] = {
         _deep_angles,
         lambda value: value < 0.7,
         "below 0.7",
+        on_text=True,
     ),
     "deep-removal": Claim(
         "Removing a deep Pre-LN block costs less than removing an early one",
@@ -260,6 +274,7 @@ TRAINED: dict[str, Claim] = {
         _removal,
         lambda value: value < 0.7,
         "below 0.7",
+        on_text=True,
     ),
     "scaled-identity": Claim(
         "Scaling the norm by 1 / sqrt(l) keeps the deep blocks from the identity",
@@ -268,6 +283,7 @@ TRAINED: dict[str, Claim] = {
         _scaled_angles,
         lambda value: value > 1.2,
         "above 1.2",
+        on_text=True,
     ),
     "pre-trained-profile": Claim(
         "Pre-LN: early layers have the larger gradients after training",
@@ -276,5 +292,6 @@ TRAINED: dict[str, Claim] = {
         _trained_profile,
         lambda value: value > 1.2,
         "above 1.2",
+        on_text=True,
     ),
 }

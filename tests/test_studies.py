@@ -376,6 +376,20 @@ def test_a_median_over_seeds_counts_those_without_a_number_as_told() -> None:
     assert math.isnan(median([], "rate", missing=0.0))
 
 
+def test_seeds_that_say_otherwise_are_counted_and_named() -> None:
+    values = {0: 0.1, 1: 0.3, 2: 0.4, 3: 0.1, 4: 0.5}  # the limit is 0.2
+    records = [
+        {**record, "value": values[record["seed"]]} if record["claim"] == "deepnorm" else record
+        for record in fixed("claims")
+    ]
+    (row,) = [row for row in claims._judged(records) if row["claim"].startswith("Deep Post-LN")]
+    assert (row["verdict"], row["agree"]) == ("holds", "3 of 5")
+    said = claims._findings(records)
+    named = [sentence for sentence in said if sentence.startswith("Some seeds say otherwise: Deep Post-LN trains")]
+    assert len(named) == 1
+    assert named[0].endswith("where plain Post-LN does not (holds; 3 of 5 seeds agree).")
+
+
 def test_a_claim_whose_cells_all_failed_is_a_row_and_a_sentence() -> None:
     records = [record for record in fixed("claims") if record["claim"] != "rms-time"]
     (row,) = [row for row in claims._judged(records) if row["verdict"] == "not measured"]

@@ -289,16 +289,18 @@ def _run(cell: Settings) -> dict[str, Any]:
 
 def _judged(records: Sequence[Record]) -> list[dict[str, Any]]:
     """A row for each claim: its number's median and range, and the verdict."""
-    nothing = {"median": None, "low": None, "high": None, "seeds": 0}
+    nothing = {"median": None, "low": None, "high": None, "seeds": 0, "agree": None}
     found = []
     for name, claim in _CLAIMS.items():
         values = [record["value"] for record in where(records, claim=name)]
         said = {"claim": claim.text, "source": claim.source, "number": claim.number, "criterion": claim.criterion}
         if values:
             middle = statistics.median(values)
-            verdict = "holds" if claim.holds(middle) else "does not hold here"
+            holds = claim.holds(middle)
+            agree = sum(claim.holds(value) == holds for value in values)
             numbers = {"median": middle, "low": min(values), "high": max(values), "seeds": len(values)}
-            found.append({**said, "verdict": verdict, **numbers})
+            verdict = "holds" if holds else "does not hold here"
+            found.append({**said, **numbers, "verdict": verdict, "agree": f"{agree} of {len(values)}"})
         else:
             found.append({**said, "verdict": "not measured", **nothing})
     found += [
@@ -351,6 +353,11 @@ def _findings(records: Sequence[Record]) -> list[str]:
         for row in judged
         if row["verdict"] != "holds"
     ]
+    said += [
+        f"Some seeds say otherwise: {row['claim']} ({row['verdict']}; {row['agree']} seeds agree)."
+        for row in judged
+        if row["agree"] != f"{row['seeds']} of {row['seeds']}"
+    ]
     said += [f"Not measured, its cells failed: {row['claim']}." for row in rows if row["verdict"] == "not measured"]
     said += [f"Not decidable here: {text} ({source}): {why}." for text, source, why in _UNDECIDED]
     return said
@@ -365,6 +372,7 @@ CLAIMS = Study(
     columns=(
         ("claim", "claim", "as its source has it"),
         ("verdict", "verdict", "by the median"),
+        ("agree", "seeds", "of which the verdict is that of the median"),
         ("median", "median", "over seeds"),
         ("low", "lowest", "over seeds"),
         ("high", "highest", "over seeds"),

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from normkit.cli import app
 from normkit.studies import STUDIES
 from normkit.studies.run import run_study
-from normkit.study.cluster import Cluster, why
+from normkit.study.cluster import Cluster
+from normkit.study.processes import Failed, Processes
 from test_cli import CELLS, TINY, numbers_by_key, records_of
 from test_studies import small_cell
 
@@ -84,11 +85,12 @@ def test_a_cell_that_raises_is_failed_with_its_reason_and_the_others_are_measure
     cells = [{**small_cell("saturation"), "activation": activation} for activation in ("relu", "tanh")]
     study = replace(STUDIES["saturation"], cells=lambda thorough: cells)
     options: dict[str, Any] = {"thorough": False, "jobs": 2, "fresh": False, "say": lambda line: None}
-    failed, done = run_study(study, tmp_path / "there", cluster=cluster, **options)
+    failed, done = run_study(study, tmp_path / "there", cluster, **options)
     assert failed["status"] == "failed"
     assert failed["reason"].startswith("ValueError: saturation_threshold: activation must be")
     assert done["status"] == "ok"
-    here = run_study(study, tmp_path / "here", **options)[1]
+    with Processes() as local:
+        here = run_study(study, tmp_path / "here", local, **options)[1]
     assert done["measured"] == here["measured"]
 
 
@@ -98,10 +100,10 @@ double.__module__ = "__main__"
 
 
 def test_a_process_that_dies_fails_its_call_alone(cluster: Cluster) -> None:
-    ((_, future),) = cluster.results(lambda code: os._exit(code), [(3,)], jobs=1, threads=1)
-    assert "The worker died unexpectedly" in str(why(future.exception()))  # type: ignore[arg-type]
-    found = {index: future.result() for index, future in cluster.results(double, [(1,), (2,), (3,)], jobs=2, threads=1)}
-    assert found == {0: 2, 1: 4, 2: 6}
+    ((_, died),) = cluster.results(lambda code: os._exit(code), [(3,)], jobs=1, threads=1)
+    assert isinstance(died, Failed)
+    assert "The worker died unexpectedly" in died.reason
+    assert dict(cluster.results(double, [(1,), (2,), (3,)], jobs=2, threads=1)) == {0: 2, 1: 4, 2: 6}
 
 
 def test_no_more_calls_run_at_a_time_than_asked_for(cluster: Cluster) -> None:

@@ -43,6 +43,7 @@ from normkit.studies import (
 )
 from normkit.studies.protocol import Settings, Study, median
 from normkit.studies.run import key, measure, report_studies, run_study
+from normkit.study.processes import Processes
 from normkit.study.records import RecordStore
 from pages import browse
 
@@ -426,12 +427,14 @@ def test_a_study_resumes_and_runs_a_failed_cell_again(tmp_path: Path) -> None:
     bad = {**small_cell("saturation"), "activation": "relu"}
     study = small_study()
     broken = replace(study, cells=lambda thorough: [*study.cells(False), bad])
-    records = run_study(broken, tmp_path / "out", **options)
+    with Processes() as here:
+        records = run_study(broken, tmp_path / "out", here, **options)
     assert [record["status"] for record in records] == ["ok", "ok", "failed"]
     assert records[2]["reason"].startswith("ValueError: saturation_threshold: activation must be")
     before = (tmp_path / "out" / "records.jsonl").read_text()
     said.clear()
-    again = run_study(broken, tmp_path / "out", **options)
+    with Processes() as here:
+        again = run_study(broken, tmp_path / "out", here, **options)
     assert said[0] == "saturation: 3 cells, 2 of them already done"
     assert len(said) == 2
     assert again[:2] == records[:2]
@@ -577,7 +580,7 @@ def test_all_is_one_report_with_the_placements_first(tmp_path: Path, monkeypatch
         monkeypatch.setitem(STUDIES, name, replace(STUDIES[name], cells=lambda thorough: []))
     monkeypatch.setitem(STUDIES, "saturation", small)
 
-    def from_golden(cells: object, corpus: object, store: RecordStore, **options: object) -> None:
+    def from_golden(executor: object, cells: object, corpus: object, store: RecordStore, **options: object) -> None:
         lines = (Path(__file__).parent / "golden" / "one_seed" / "records.jsonl").read_text().splitlines()
         for cell, record in zip(cells, map(json.loads, lines), strict=False):  # type: ignore[call-overload]
             store.add(record | {"key": cell.key})

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import normkit
 from normkit.placement import Placement, PostNorm, PreNorm, Residual, placements
-from normkit.study import clock, data, grid, measure, models, records, run, train
+from normkit.study import clock, data, grid, measure, models, processes, records, run, train
 from normkit.study.data import Corpus
 from normkit.study.models import Transformer
 from normkit.theory import post_skip_weight
@@ -782,7 +783,8 @@ def test_a_worker_that_is_killed_fails_its_cell_and_the_study_goes_on(tmp_path):
     with records.RecordStore(tmp_path) as store:
         store.add(train.run_cell(cells[2], CORPUS))
         killer = Killer()
-        run.run_cells(cells, CORPUS, store, jobs=1, threads=1, watcher=killer)
+        with processes.Processes() as here:
+            run.run_cells(here, cells, CORPUS, store, jobs=1, threads=1, watcher=killer)
         assert killer.told == ["planned [3, 1]", "started 3", "failed 3", "started 1", killer.told[-1]]
         (failed,) = store.get([cells[1].key])
         assert failed["reason"] == ("The worker process was killed by SIGKILL; too little memory is the usual cause.")
@@ -794,7 +796,8 @@ def test_a_worker_that_is_killed_fails_its_cell_and_the_study_goes_on(tmp_path):
 def test_a_cell_that_raises_fails_with_its_sentence_and_runs_again_next_time(tmp_path):
     broken = replace(CELL, width=15)  # two heads cannot share it
     with records.RecordStore(tmp_path) as store:
-        run.run_cells([broken, CELL], CORPUS, store, jobs=2, threads=1, watcher=run.Watcher())
+        with processes.Processes() as here:
+            run.run_cells(here, [broken, CELL], CORPUS, store, jobs=2, threads=1, watcher=run.Watcher())
         (failed, good) = store.get([broken.key, CELL.key])
         assert failed["status"] == "failed"
         assert failed["reason"] == "ValueError: Transformer: width must be a multiple of heads=2, got 15"
@@ -805,15 +808,73 @@ def test_a_cell_that_raises_fails_with_its_sentence_and_runs_again_next_time(tmp
 
 
 def test_a_study_with_nothing_left_to_do_starts_no_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_Worker", None)
-    with records.RecordStore(tmp_path) as store:
+    monkeypatch.setattr(processes, "_Worker", None)
+    with records.RecordStore(tmp_path) as store, processes.Processes() as here:
         store.add(train.run_cell(CELL, CORPUS))
-        run.run_cells([CELL], CORPUS, store, jobs=1, threads=1, watcher=run.Watcher())
+        run.run_cells(here, [CELL], CORPUS, store, jobs=1, threads=1, watcher=run.Watcher())
 
 
-def test_the_default_number_of_workers_fills_the_cores_and_is_at_least_one():
-    assert run.default_jobs(1) == run.cores()
-    assert run.default_jobs(10**6) == 1
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def tells_and_adds(first, second, tell):
+    tell("adding")
+    return first + second
+
+
+def ends(code):
+    os._exit(code)
+
+
+def waits(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_calls_run_in_processes_of_their_own_and_tell_while_they_run():
+    told: list[tuple[int, str]] = []
+    with processes.Processes() as here:
+        big = here.put(40)
+        calls = [(big, number) for number in range(3)]
+        found = dict(
+            here.results(tells_and_adds, calls, jobs=2, threads=1, told=lambda index, what: told.append((index, what)))
+        )
+        assert found == {0: 40, 1: 41, 2: 42}
+        assert sorted(told) == [(0, "adding"), (1, "adding"), (2, "adding")]
+        assert len(multiprocessing.active_children()) == 2, "they wait for the next calls"
+        pids = {pid for _, pid in here.results(waits, [(0.1,)] * 4, jobs=2, threads=1)}
+        assert pids == {child.pid for child in multiprocessing.active_children()}
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_and_a_call_that_raises_fail_alone():
+    with processes.Processes() as here:
+        ((_, died),) = here.results(ends, [(3,)], jobs=1, threads=1)
+        assert died == processes.Failed("The worker process ended by itself with exit code 3.")
+        found = dict(here.results(waits, [(0.0,), ("long",), (0.0,)], jobs=2, threads=1))
+        assert isinstance(found[1], processes.Failed)
+        assert found[1].reason.startswith("TypeError: ")
+        assert not isinstance(found[0], processes.Failed)
+        assert not isinstance(found[2], processes.Failed)
+
+
+def test_leaving_the_loop_ends_the_calls_that_run():
+    with processes.Processes() as here:
+        results = here.results(waits, [(0.0,), (600.0,)], jobs=2, threads=1)
+        assert next(results)[0] == 0
+        results.close()
+        assert len(multiprocessing.active_children()) == 1, "the idle one waits on"
+    assert not multiprocessing.active_children()
+
+
+def test_no_more_calls_run_at_a_time_than_asked_for():
+    order: list[str] = []
+    with processes.Processes() as here:
+        list(here.results(waits, [(0.0,)] * 2, jobs=2, threads=1))
+        calls, started = [(0.0,)] * 4, lambda at: order.append(f"start {at}")
+        for index, _ in here.results(waits, calls, jobs=1, threads=1, started=started):
+            order.append(f"end {index}")
+    assert order == [word for number in range(4) for word in (f"start {number}", f"end {number}")]
 
 
 def test_the_time_left_weighs_steps_by_their_cost_and_follows_the_rate_that_is_seen():

@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +31,9 @@ from normkit.study import data
 from normkit.study.cluster import Cluster
 from normkit.study.grid import NORMS, Settings
 from normkit.study.plan import Study
+from normkit.study.processes import Executor, Processes
 from normkit.study.progress import say, watcher
 from normkit.study.records import Record, RecordStore, read_records, read_study
-from normkit.study.run import default_jobs
 
 app = typer.Typer(
     help="Normalization in deep networks: a study of what it does, and the layers it runs on.",
@@ -145,19 +145,19 @@ def study(
             batch=batch,
             seq=seq,
             init=init,
-            jobs=default_jobs(max(threads, 1)) if jobs is None else jobs,
+            jobs=1 if jobs is None else jobs,
             threads=threads,
         )
         corpus = _corpus(text, seq) if name in ("placement", "all") else None
-        cluster = None if ray is None else Cluster(ray)
-    with cluster or nullcontext():
-        if cluster is not None and jobs is None:
-            settings = replace(settings, jobs=max(1, cluster.cores // threads))
+        executor: Executor = Processes() if ray is None else Cluster(ray)
+    with executor:
+        if jobs is None:
+            settings = replace(settings, jobs=max(1, executor.cores // threads))
         if corpus is not None:
             folder = out if name == "placement" else out / "placement"
-            records += _placement(settings, corpus, folder, fresh=not resume, cluster=cluster)
+            records += _placement(settings, corpus, folder, executor, fresh=not resume)
         if name != "placement":
-            records += _others(name, settings.jobs, out, thorough=thorough, fresh=not resume, cluster=cluster)
+            records += _others(name, settings.jobs, out, executor, thorough=thorough, fresh=not resume)
     failed = [record for record in records if record["status"] == "failed"]
     if failed:
         count = f"{len(failed)} of {len(records)} cells"
@@ -166,7 +166,7 @@ def study(
 
 
 def _placement(
-    settings: Settings, corpus: data.Corpus, folder: Path, *, fresh: bool, cluster: Cluster | None
+    settings: Settings, corpus: data.Corpus, folder: Path, executor: Executor, *, fresh: bool
 ) -> list[Record]:
     """Run the study of placements and write its report; the records of all cells."""
     from normkit import report
@@ -176,7 +176,7 @@ def _placement(
         store = _store(folder, fresh=fresh)
     with store:
         words = {"command": _command(sys.argv[1:]), "backend": _backend(settings.threads)}
-        study = Study(settings, corpus, store, cluster=cluster, **words)
+        study = Study(settings, corpus, store, executor=executor, **words)
         say(console, _opening(study))
         with _interruptible(console, lambda: f"{study.done} of {len(study.cells)} cells are kept in {folder}"):
             with watcher(console, study) as watching:
@@ -187,7 +187,7 @@ def _placement(
         return study.records
 
 
-def _others(name: str, jobs: int, out: Path, *, thorough: bool, fresh: bool, cluster: Cluster | None) -> list[Record]:
+def _others(name: str, jobs: int, out: Path, executor: Executor, *, thorough: bool, fresh: bool) -> list[Record]:
     """Run another study, or all of them, and write their report; the records of all cells."""
     from normkit.studies.run import report_studies, run_study
 
@@ -197,7 +197,7 @@ def _others(name: str, jobs: int, out: Path, *, thorough: bool, fresh: bool, clu
         for each in STUDIES if name == "all" else (name,):
             with _flag_errors():
                 records[each] = run_study(
-                    STUDIES[each], out / each, thorough=thorough, jobs=jobs, fresh=fresh, cluster=cluster,
+                    STUDIES[each], out / each, executor, thorough=thorough, jobs=jobs, fresh=fresh,
                     say=lambda line: say(console, line),
                 )  # fmt: skip
 

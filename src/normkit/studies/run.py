@@ -1,7 +1,7 @@
 """Run a study's cells, keep every record the moment it is there, and write the report.
 
 Here: run_study, report_studies.
-May import: study (its record store, its cluster), report, protocol.
+May import: study (its record store, its executors), report, protocol.
 Read next: protocol.py.
 """
 
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,8 @@ from normkit.report import lab
 from normkit.report.parts import draw
 from normkit.studies import STUDIES
 from normkit.studies.protocol import Settings, Study
-from normkit.study.cluster import Cluster, why
+from normkit.study.processes import Executor, Failed
 from normkit.study.records import RecordStore
-from normkit.study.worker import sentence
 
 Kept = dict[str, Any]  # a line of records.jsonl
 Say = Callable[[str], None]
@@ -39,12 +35,12 @@ def key(study: str, settings: Settings) -> str:
 
 
 def run_study(
-    study: Study, folder: Path, *, thorough: bool, jobs: int, fresh: bool, say: Say, cluster: Cluster | None = None
+    study: Study, folder: Path, executor: Executor, *, thorough: bool, jobs: int, fresh: bool, say: Say
 ) -> list[Kept]:
     """The study's records in the order of its cells; those that the folder holds are not measured again.
 
-    Cells run in `jobs` processes of one thread each, here or on a Ray cluster. A cell that raises is kept as failed,
-    with the reason, and runs again the next time; so does one whose process dies.
+    Cells run `jobs` at a time, on one thread each. A cell that raises is kept as failed, with the reason, and runs
+    again the next time; so does one whose process dies.
 
     Raises:
         ValueError: the folder cannot be used.
@@ -52,14 +48,13 @@ def run_study(
     cells = study.cells(thorough)
     keys = [key(study.name, settings) for settings in cells]
     with RecordStore(folder, fresh=fresh) as store:
-        pending = [(k, settings) for k, settings in zip(keys, cells, strict=True) if store.done(k) is None]
+        pending = [(study.name, k, cell) for k, cell in zip(keys, cells, strict=True) if store.done(k) is None]
         done = len(cells) - len(pending)
         say(f"{study.name}: {len(cells)} cells, {done} of them already done")
-        for record in (
-            _measured(study.name, pending, jobs) if cluster is None else _on(cluster, study.name, pending, jobs)
-        ):
+        for index, found in executor.results(measure, pending, jobs=jobs, threads=1):
             done += 1
-            kept = store.add(record)
+            failed = isinstance(found, Failed)
+            kept = store.add(_record(*pending[index], {}, None, found.reason) if failed else found)
             what = f"failed: {kept['reason']}" if kept["status"] == "failed" else f"{kept['seconds']:.1f} s"
             say(f"[{done}/{len(cells)}] {study.name}: {_label(kept['settings'])}; {what}")
         return store.get(keys)
@@ -69,55 +64,13 @@ def _label(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in ("text", "lr", "rounds"))
 
 
-def _measured(name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> Iterator[Kept]:
-    """Records as they come. A pool whose process died is replaced; the cell that it had is failed."""
-    waiting = list(pending)
-    while waiting:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts_to_the_parent)
-        try:
-            running: dict[Future[Kept], tuple[str, Settings]] = {}
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell = waiting.pop(0)
-                    running[pool.submit(measure, name, *cell)] = cell
-                broken = False
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    if (error := future.exception()) is not None:
-                        broken = True
-                        yield _record(name, *cell, {}, None, f"the worker process died: {error}")
-                    else:
-                        yield future.result()
-                if broken:
-                    waiting = [*running.values(), *waiting]
-                    break
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.kill()
-
-
-def _on(cluster: Cluster, name: str, pending: Sequence[tuple[str, Settings]], jobs: int) -> Iterator[Kept]:
-    """Records as they come from a Ray cluster."""
-    for index, future in cluster.results(measure, [(name, *cell) for cell in pending], jobs=jobs, threads=1):
-        error = future.exception()
-        yield future.result() if error is None else _record(name, *pending[index], {}, None, sentence(why(error)))
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-
-
 def measure(name: str, cell_key: str, settings: Settings) -> Kept:
-    """One cell, on one thread."""
+    """One cell's record, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     begin = time.perf_counter()
     try:
         found = STUDIES[name].run(settings)
-    except Exception as error:  # whatever a cell raises is its own failure, not the study's
-        return _record(name, cell_key, settings, {}, None, sentence(error))
     finally:
         torch.set_num_threads(threads)
     return _record(name, cell_key, settings, found, time.perf_counter() - begin, None)

@@ -1,8 +1,8 @@
 """Ray: cells in the processes of a cluster, or of one that is started on this machine.
 
-Here: Cluster, LOCAL, why.
-May import: ray (the extra normkit[ray]), only inside.
-Read next: run.py and studies/run.py, which hand it their cells.
+Here: Cluster, LOCAL.
+May import: ray (the extra normkit[ray]), only inside; study.processes.
+Read next: processes.py, which says what an executor does.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import Any
 
+from normkit.study.processes import Failed, sentence
+
 LOCAL = "local"
 _SECONDS_TO_ANSWER = 5.0  # ray itself asks for two minutes, and then ends the process
 
 
 class Cluster:
-    """A Ray cluster for the length of a `with`.
+    """A Ray cluster for the length of a `with`; an `Executor` whose calls tell nothing before they are done.
 
     Its nodes need the same normkit and the same torch; a text goes to them with the cells.
 
@@ -86,12 +88,9 @@ class Cluster:
         jobs: int,
         threads: int,
         started: Callable[[int], None] = lambda index: None,
-    ) -> Iterator[tuple[int, Future[Any]]]:
-        """The calls' indices and finished futures as they come, at most `jobs` at a time, each with `threads` cores.
-
-        A call whose process dies is not tried again: its future raises. Whatever ends the loop, an interrupt too, ends
-        the calls that run.
-        """
+        told: Callable[[int, Any], None] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """See `Executor`; each call has `threads` cores."""
         remote = self._ray.remote(num_cpus=threads, max_retries=0)(task)
         running: dict[Future[Any], tuple[int, Any]] = {}
         waiting = list(range(len(calls)))
@@ -103,15 +102,16 @@ class Cluster:
                     running[reference.future()] = index, reference
                     started(index)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future)[0], future
+                    error = future.exception()
+                    yield running.pop(future)[0], future.result() if error is None else Failed(_why(error))
         finally:
             for _, reference in running.values():
                 self._ray.cancel(reference, force=True)
 
 
-def why(error: BaseException) -> BaseException:
-    """What a task raised, of the error that its future raises."""
-    return getattr(error, "cause", None) or error
+def _why(error: BaseException) -> str:
+    """What the task raised, of the error that its future raises."""
+    return sentence(getattr(error, "cause", None) or error)
 
 
 def _expect_an_answer(address: str) -> None:

@@ -1,7 +1,7 @@
 """One study from its settings to its folder: which cells it has, which are left, and study.json.
 
 Here: Study.
-May import: theory, study.{cluster, data, grid, records, run}.
+May import: theory, study.{data, grid, processes, records, run}.
 Read next: run.py, which runs the cells that are left.
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
-from normkit.study.cluster import Cluster
 from normkit.study.data import Corpus
 from normkit.study.grid import Settings, expand
+from normkit.study.processes import Executor
 from normkit.study.records import Record, RecordStore, read_study, write_study
-from normkit.study.run import Watcher, machine, run_cells, run_cells_on
+from normkit.study.run import Watcher, run_cells
 from normkit.theory import post_skip_weight
 
 
@@ -29,7 +28,7 @@ class Study:
         corpus: the text to learn.
         store: the folder's records.
         command, backend: words for study.json: how the study was started, and who computes the norms.
-        cluster: where the cells run, if not in processes of this machine.
+        executor: where the cells run.
     """
 
     def __init__(
@@ -40,9 +39,9 @@ class Study:
         *,
         command: str,
         backend: str,
-        cluster: Cluster | None = None,
+        executor: Executor,
     ) -> None:
-        self.settings, self.corpus, self.store, self.cluster = settings, corpus, store, cluster
+        self.settings, self.corpus, self.store, self.executor = settings, corpus, store, executor
         self.cells = expand(settings, corpus.digest)
         self.keys = [cell.key for cell in self.cells]
         self.description = self._describe(command, backend)
@@ -64,9 +63,8 @@ class Study:
         before, started = self.description["seconds"] or 0.0, time.monotonic()
         write_study(self.store.folder, self.description)
         try:
-            run = run_cells if self.cluster is None else partial(run_cells_on, self.cluster)
             jobs, threads = self.settings.jobs, self.settings.threads
-            run(self.cells, self.corpus, self.store, jobs=jobs, threads=threads, watcher=watcher)
+            run_cells(self.executor, self.cells, self.corpus, self.store, jobs=jobs, threads=threads, watcher=watcher)
             self.description["finished"] = _now()
         finally:
             self.description["seconds"] = before + time.monotonic() - started
@@ -90,7 +88,7 @@ class Study:
                 "bytes_train": len(self.corpus.train),
                 "bytes_held_out": len(self.corpus.held_out),
             },
-            "machine": machine() if self.cluster is None else self.cluster.machine,
+            "machine": self.executor.machine,
             "backend": backend,
             "keys": self.keys,
             "seconds": same.get("seconds"),

@@ -49,7 +49,7 @@ class _Lines(Watcher, AbstractContextManager[Watcher]):
         pass
 
     def timing(self, done: int, total: int) -> None:
-        if done == 1:
+        if done == 0:
             self._say("Measuring seconds per step, one configuration at a time ...")
 
     def planned(self, cells: list[Cell], seconds_per_step: dict[Cell, float | None]) -> None:

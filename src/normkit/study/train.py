@@ -2,7 +2,7 @@
 
 Here: run_cell, and time_steps for seconds per step.
 May import: torch, placement, study.{data, models, measure, grid, records}.
-Read next: worker.py, which calls this in a process of its own.
+Read next: run.py, which has this called in processes of their own.
 
 Training is AdamW with torch's betas (0.9, 0.999) and weight decay (0.01) on every parameter, a linear warm-up and
 then a constant learning rate. Gradients are not clipped: clipping would hide the very thing that is measured.

@@ -49,7 +49,7 @@ void affine(ChannelsAffine args, int dtype, int threads, int tensors, Kernel ker
     args.first_channel = 0;
     args.last_channel = shape.channels;
     const int64_t elements = shape.batch * shape.channels * shape.space, bytes = elements * storage_bytes(dtype);
-    args.stream = beyond_cache(tensors * bytes);
+    args.stream = streams(shape, dtype, tensors);
     prefer_huge_pages(args.out, bytes);
     const int64_t lines = shape.batch * (shape.channels_last ? shape.space : shape.channels);
     share(lines * pieces_per_line(shape), useful_threads(threads, elements),
@@ -119,7 +119,7 @@ void reduce_and_apply(ChannelsReduction reduction, ChannelsAffine apply, int dty
     const Scratch<double> second_memory = scratch<double>(blocks * channels);
     reduction.first = first_memory.get();
     reduction.second = second_memory.get();
-    apply.stream = beyond_cache(tensors * bytes);
+    apply.stream = streams(shape, dtype, tensors);
     prefer_huge_pages(apply.out, bytes);
     const int64_t band = band_of(shape, bytes, tensors);
     share(channels, threads, [&](int64_t from, int64_t to) {

@@ -95,18 +95,29 @@ NORMKIT_BLOCK Moments wide_plane_moments(const ChannelsReduction& a, const Plane
     });
 }
 
+// The mean of the block's first elements, those that count for nothing taken as 0.
+template <class T, bool kMask>
+NORMKIT_INLINE Acc<T> sample_mean(const ChannelsReduction& a, const PlaneBlock& at) {
+    constexpr int64_t kSample = 128;
+    const T* x = line_at<T>(a.x, at.sample, at.channel) + at.start;
+    const uint8_t* mask = at.mask(a.shape, 0);
+    const int64_t n = least(at.n, kSample);
+    Wide<T> sum[4] = {};
+    sweep<T>(n, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+        const Wide<T> v = load<T>(x + i, lanes);
+        sum[k] += kMask ? where_valid<T>(mask + i, v, lanes) : v;
+    });
+    return Acc<T>(add_lanes(sum) / double(n));
+}
+
 // One pass about a center that a sample of the block gives, as for rows (rows.h, set_statistics): where the sample's
 // mean lies more than a standard deviation off, a second one about the mean itself.
 template <class T, bool kMask>
 NORMKIT_INLINE Moments plane_moments(const ChannelsReduction& a, const PlaneBlock& at) {
     using A = Acc<T>;
-    constexpr int64_t kSample = 128;
     const double count = a.counts[at.group * a.cut.blocks + at.block];
     if (count == 0) return {0, 0};
-    PlaneBlock sample = at;
-    sample.samples = 1;
-    sample.n = least(at.n, kSample);
-    A center = A(plane_deviations<T, kMask>(a, sample, A(0)).first / double(sample.n));
+    A center = sample_mean<T, kMask>(a, at);
     Sums d = plane_deviations<T, kMask>(a, at, center);
     double delta = d.first / count, m2 = d.second - delta * d.first;
     if (delta * d.first > m2) {

@@ -202,7 +202,7 @@ def test_rows_with_two_outer_strides_are_read_in_place() -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("size", [7, 64, 1000, 4097, TWO_BLOCKS])
+@pytest.mark.parametrize("size", [7, 64, 256, 257, 1000, 4097, TWO_BLOCKS])
 def test_a_row_has_the_same_bits_in_any_batch_and_for_any_number_of_threads(size: int, dtype: torch.dtype) -> None:
     x, residual, weight, bias, dout, dtotal = row_inputs(40, size, dtype, True, "own", True)
     assert x is not None

@@ -9,6 +9,20 @@ namespace normkit::NORMKIT_ISA {
 
 // ---------------------------------------------------------------------------------------------- forward
 
+template <class T, int kRows>
+NORMKIT_INLINE void set_sums(const Wide<T> (&first)[kRows][kChains<T>], const Wide<T> (&second)[kRows][kChains<T>],
+                             Sums* sums) {
+    Wide<T> together[2][kRows];
+    double found[2][kRows];
+    for (int r = 0; r < kRows; ++r) {
+        together[0][r] = add_chains(first[r]);
+        together[1][r] = add_chains(second[r]);
+    }
+    add_lanes_of(together[0], found[0]);
+    add_lanes_of(together[1], found[1]);
+    for (int r = 0; r < kRows; ++r) sums[r] = {found[0][r], found[1][r]};
+}
+
 // A row on its way through forward. Its statistics are in the domain total * scale, scale being 1 but for rows whose
 // squares overflow. The mean is center + what `offset` makes good, (center - mean) * rstd: rounding takes up to 5e-4
 // of the standard deviation from a center of 1e4, std 1 in float32.
@@ -50,7 +64,7 @@ NORMKIT_BLOCK void deviation_block(const NormRow<T>* rows, int64_t start, int64_
             square[r][k % kChains<T>] = fused(d, d, square[r][k % kChains<T>]);
         }
     });
-    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes(sum[r]), add_lanes(square[r])};
+    set_sums<T, kRows>(sum, square, sums);
 }
 
 // Statistics take one pass about a center that a sample of the row gives: the mean of its first kSample elements. The
@@ -58,56 +72,74 @@ NORMKIT_BLOCK void deviation_block(const NormRow<T>* rows, int64_t start, int64_
 // than one away, the difference of squares would lose digits, and the pass is made again about the mean itself.
 constexpr int64_t kSample = 128;
 
-template <class T, bool kResidual>
-NORMKIT_INLINE void sample_center(NormRow<T>& row, int64_t size) {
-    using A = Acc<T>;
+template <class T, int kRows, bool kResidual>
+NORMKIT_BLOCK void sample_centers(NormRow<T>* rows, int64_t size) {
     const int64_t m = size < kSample ? size : kSample;
-    Wide<T> sum[4] = {};
-    sweep<T>(m, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
-        Wide<T> v = load<T>(row.x + i, lanes);
-        if constexpr (kResidual) v += load<T>(row.residual + i, lanes);
-        sum[k] += v * row.scale;
-    });
-    row.center = A(add_lanes(sum) / double(m));
+    Wide<T> sums[kRows];
+    double found[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        const NormRow<T>& row = rows[r];
+        Wide<T> sum[4] = {};
+        sweep<T>(m, [&](int64_t i, int k, auto lanes) NORMKIT_STEP {
+            Wide<T> v = load<T>(row.x + i, lanes);
+            if constexpr (kResidual) v += load<T>(row.residual + i, lanes);
+            sum[k] += v * row.scale;
+        });
+        sums[r] = add_chains(sum);
+    }
+    add_lanes_of(sums, found);
+    for (int r = 0; r < kRows; ++r) rows[r].center = Acc<T>(found[r] / double(m));
 }
 
-// var and mean from mean(d) and mean(d^2).
-template <class T>
-NORMKIT_INLINE void set_moments(NormRow<T>& row, Sums sums, double size, bool centered) {
-    const double delta = centered ? sums.first / size : 0, var = sums.second / size - delta * delta;
-    row.mean = double(row.center) + delta;
-    row.var = var < 0 ? 0 : var;  // rounding; NaN stays
+// A row's mean and variance from the sums of d and of d^2.
+template <bool kCentered>
+NORMKIT_INLINE void set_moments(double center, Sums sums, double size, double& mean, double& var) {
+    const double delta = kCentered ? sums.first / size : 0, rest = sums.second / size - delta * delta;
+    mean = center + delta;
+    var = rest < 0 ? 0 : rest;  // rounding; NaN stays
 }
 
 template <class T, int kRows, bool kCentered, bool kResidual, bool kScaled>
 void set_statistics(const RowsForward& a, NormRow<T>* rows, int threads) {
     using A = Acc<T>;
-    const double size = double(a.size);
+    const double size = double(a.size), scale = kScaled ? double(rows[0].scale) : 1;
     Sums sums[kRows] = {};
+    constexpr int kStride = kTogether<kRows>;
     if constexpr (kCentered)
-        for (int r = 0; r < kRows; ++r) sample_center<T, kResidual>(rows[r], a.size);
+        for (int r = 0; r < kRows; r += kStride) sample_centers<T, kStride, kResidual>(rows + r, a.size);
     sum_blocks<kRows>(a.size, threads, a.partials, sums, [&](int64_t start, int64_t n, Sums* part) {
-        deviation_block<T, kRows, kCentered, kResidual, kScaled>(rows, start, n, part);
+        for (int r = 0; r < kRows; r += kStride)
+            deviation_block<T, kStride, kCentered, kResidual, kScaled>(rows + r, start, n, part + r);
     });
+    // Arrays of the rows' numbers, for the compiler to divide and take roots of several at once.
+    double center[kRows], mean[kRows], var[kRows], rstd[kRows], far[kRows], most = 0;
+    for (int r = 0; r < kRows; ++r) center[r] = double(rows[r].center);
+    for (int r = 0; r < kRows; ++r) {
+        set_moments<kCentered>(center[r], sums[r], size, mean[r], var[r]);
+        const double off = mean[r] - center[r];
+        far[r] = kCentered && off * off > var[r] ? 1 : 0;
+    }
+    for (int r = 0; r < kRows; ++r) most += far[r];
     for (int r = 0; r < kRows; ++r) {
         NormRow<T>& row = rows[r];
         if constexpr (kResidual) row.x = row.total;
-        set_moments(row, sums[r], size, kCentered);
-        const double off = row.mean - double(row.center);
-        if (kCentered && off * off > row.var) {
-            row.center = A(row.mean);
-            Sums again{0, 0};
-            sum_blocks<1>(a.size, threads, a.partials, &again, [&](int64_t start, int64_t n, Sums* part) {
-                deviation_block<T, 1, true, false, kScaled>(&row, start, n, part);
-            });
-            set_moments(row, again, size, true);
-        }
-        const double scale = double(row.scale), rstd = 1 / __builtin_sqrt(row.var + a.eps * scale * scale);
-        row.center = A(row.mean);
-        row.offset = A((double(row.center) - row.mean) * rstd);
-        row.rstd = A(rstd);
-        row.mean /= scale;
-        row.saved_rstd = rstd * scale;
+        if (__builtin_expect(most == 0, 1) || far[r] == 0) continue;
+        row.center = A(mean[r]);
+        Sums again{0, 0};
+        sum_blocks<1>(a.size, threads, a.partials, &again, [&](int64_t start, int64_t n, Sums* part) {
+            deviation_block<T, 1, true, false, kScaled>(&row, start, n, part);
+        });
+        set_moments<true>(double(row.center), again, size, mean[r], var[r]);
+    }
+    for (int r = 0; r < kRows; ++r) rstd[r] = 1 / __builtin_sqrt(var[r] + a.eps * scale * scale);
+    for (int r = 0; r < kRows; ++r) {
+        NormRow<T>& row = rows[r];
+        row.center = A(mean[r]);
+        row.offset = A((double(row.center) - mean[r]) * rstd[r]);
+        row.rstd = A(rstd[r]);
+        row.mean = mean[r] / scale;
+        row.saved_rstd = rstd[r] * scale;
+        row.var = var[r];
     }
 }
 
@@ -175,7 +207,9 @@ void affine_rows(const RowsForward& a, const NormRow<T>* rows, int threads) {
         for_pieces(start, n, wide, [&](int64_t at, int64_t m) {
             const Acc<T>* gain = weight_piece<T>(a.weight, a.gain, at, m, buffers[0]);
             const Acc<T>* shift = kShift ? weight_piece<T>(a.bias, a.shift, at, m, buffers[1]) : nullptr;
-            affine_block<T, kRows, kCentered, kResidual, kShift, kStream, kScaled>(rows, at, m, gain, shift);
+            for (int r = 0; r < kRows; r += kTogether<kRows>)
+                affine_block<T, kTogether<kRows>, kCentered, kResidual, kShift, kStream, kScaled>(rows + r, at, m, gain,
+                                                                                                  shift);
         });
         if (kStream && threads > 1) end_stream();
     });
@@ -220,6 +254,10 @@ template <class T>
 void rows_forward(const RowsForward& a, int64_t first, int64_t last, int threads) {
     const auto rows = [&](auto centered, auto residual, auto shift, auto stream) {
         int64_t r = first;
+        if (a.size <= kShort)
+            for (; r + kBatch <= last; r += kBatch)
+                forward_group<T, kBatch, centered.value, residual.value, shift.value, stream.value>(a, r, last,
+                                                                                                    threads);
         for (; r + kGroup <= last; r += kGroup)
             forward_group<T, kGroup, centered.value, residual.value, shift.value, stream.value>(a, r, last, threads);
         for (; r < last; ++r)
@@ -270,7 +308,7 @@ NORMKIT_BLOCK void gradient_block(const GradientRow<T>* rows, int64_t start, int
         if constexpr (kWeight) store_wide<T>(dweight + i, dweight_i, lanes);
         if constexpr (kBias) store_wide<T>(dbias + i, dbias_i, lanes);
     });
-    for (int r = 0; r < kRows; ++r) sums[r] = {add_lanes(sum[r]), add_lanes(products[r])};
+    set_sums<T, kRows>(sum, products, sums);
 }
 
 // dx = rstd * (g - mean_g - xhat * mean_g_xhat) + dtotal, rounded once.
@@ -360,10 +398,14 @@ void dx_rows(const RowsBackward& a, const GradientRow<T>* rows, bool extreme, in
             const Acc<T>* gain = weight_piece<T>(a.weight, a.gain, at, m, buffer);
             if (kRows == 1 && extreme) {
                 extreme_dx_block<T>(rows[0], at, m, gain);
-            } else if (a.dtotal.data != nullptr) {
-                dx_block<T, kRows, kCentered, true, kStream>(rows, at, m, gain);
-            } else {
-                dx_block<T, kRows, kCentered, false, kStream>(rows, at, m, gain);
+                return;
+            }
+            for (int r = 0; r < kRows; r += kTogether<kRows>) {
+                if (a.dtotal.data != nullptr) {
+                    dx_block<T, kTogether<kRows>, kCentered, true, kStream>(rows + r, at, m, gain);
+                } else {
+                    dx_block<T, kTogether<kRows>, kCentered, false, kStream>(rows + r, at, m, gain);
+                }
             }
         });
         if (kStream && threads > 1) end_stream();
@@ -409,7 +451,9 @@ void backward_group(const RowsBackward& a, int64_t r, Acc<T>* dweight, Acc<T>* d
         if (kRows == 1 && extreme) {
             extreme_gradient_block<T>(rows[0], start, n, gain, dweight_block, dbias_block, part);
         } else {
-            gradient_block<T, kRows, kCentered, kWeight, kBias>(rows, start, n, gain, dweight_block, dbias_block, part);
+            for (int r = 0; r < kRows; r += kTogether<kRows>)
+                gradient_block<T, kTogether<kRows>, kCentered, kWeight, kBias>(rows + r, start, n, gain, dweight_block,
+                                                                               dbias_block, part + r);
         }
         if (kWeight && a.narrow) narrow<T>(dweight_own, static_cast<T*>(a.dweight) + start, n);
         if (kBias && a.narrow) narrow<T>(dbias_own, static_cast<T*>(a.dbias) + start, n);
@@ -435,6 +479,10 @@ void backward_blocks(const RowsBackward& a, int64_t first, int64_t last, int thr
         const int64_t start = block * a.rows_per_block;
         const int64_t end = start + a.rows_per_block < a.rows ? start + a.rows_per_block : a.rows;
         int64_t r = start;
+        if (a.size <= kShort)
+            for (; r + kBatch <= end; r += kBatch)
+                backward_group<T, kBatch, kCentered, kWeight, kBias, kStream>(a, r, dweight, dbias, r == start,
+                                                                              threads);
         for (; r + kGroup <= end; r += kGroup)
             backward_group<T, kGroup, kCentered, kWeight, kBias, kStream>(a, r, dweight, dbias, r == start, threads);
         for (; r < end; ++r)

@@ -298,16 +298,20 @@ NORMKIT_INLINE double add_lanes(Vec<float> v) { return double(add_halves<float, 
 NORMKIT_INLINE double add_lanes(Vec<double> v) { return add_halves<double, kVectorBytes>(v); }
 NORMKIT_INLINE double add_lanes(Two v) { return add_lanes(v.low + v.high); }
 template <class V>
-NORMKIT_INLINE double add_lanes(const V (&v)[4]) {
-    return add_lanes((v[0] + v[1]) + (v[2] + v[3]));
+NORMKIT_INLINE V add_chains(const V (&v)[4]) {
+    return (v[0] + v[1]) + (v[2] + v[3]);
 }
 template <class V>
-NORMKIT_INLINE double add_lanes(const V (&v)[2]) {
-    return add_lanes(v[0] + v[1]);
+NORMKIT_INLINE V add_chains(const V (&v)[2]) {
+    return v[0] + v[1];
 }
 template <class V>
-NORMKIT_INLINE double add_lanes(const V (&v)[1]) {
-    return add_lanes(v[0]);
+NORMKIT_INLINE V add_chains(const V (&v)[1]) {
+    return v[0];
+}
+template <class V, int kChains>
+NORMKIT_INLINE double add_lanes(const V (&v)[kChains]) {
+    return add_lanes(add_chains(v));
 }
 
 template <class T>
@@ -316,6 +320,32 @@ NORMKIT_INLINE Acc<T> scalar(const T* p) {
     store_wide<T>(value, load<T>(p, Partial{1}), Full{});
     return value[0];
 }
+
+// add_lanes of some vectors: the same additions, so the same bits, and where a processor takes two vectors apart and
+// puts them together at once, half the steps.
+template <class V, int kCount>
+NORMKIT_INLINE void add_lanes_of(const V (&v)[kCount], double* sums) {
+    for (int i = 0; i < kCount; ++i) sums[i] = add_lanes(v[i]);
+}
+#if defined(__AVX512F__)
+NORMKIT_INLINE void add_lanes_of(const Vec<float> (&v)[4], double* sums) {
+    const auto eights = [](Vec<float> a, Vec<float> b) NORMKIT_STEP {  // lanes i + (i + 8): those of a, then of b
+        return (Vec<float>)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0x44) +
+               (Vec<float>)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0xee);
+    };
+    const Vec<float> ab = eights(v[0], v[1]), cd = eights(v[2], v[3]);
+    // lanes i + (i + 4): a quarter of the vector for each of the four
+    const Vec<float> abcd = (Vec<float>)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)ab, (__m512)cd, 0x88) +
+                            (Vec<float>)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)ab, (__m512)cd, 0xdd);
+    const Vec<float> twos = abcd + (Vec<float>)_mm512_maskz_shuffle_ps(0xffff, (__m512)abcd, (__m512)abcd, 0x4e);
+    const Vec<float> ones = twos + (Vec<float>)_mm512_maskz_shuffle_ps(0xffff, (__m512)twos, (__m512)twos, 0xb1);
+    for (int i = 0; i < 4; ++i) sums[i] = double(ones[4 * i]);
+}
+NORMKIT_INLINE void add_lanes_of(const Two (&v)[4], double* sums) {
+    const Vec<float> both[4] = {v[0].low + v[0].high, v[1].low + v[1].high, v[2].low + v[2].high, v[3].low + v[3].high};
+    add_lanes_of(both, sums);
+}
+#endif
 
 template <class A>
 NORMKIT_INLINE bool finite(A value) {

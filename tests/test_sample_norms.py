@@ -77,12 +77,17 @@ def test_an_instance_norm_without_parameters_warns_of_another_number_of_channels
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((9, 6, 50, 40), 1), ((9, 6, 50, 40), 2), ((9, 6, 50, 40), 6), ((33, 96, 7, 5), 32), ((33, 96, 7, 5), 96)],
+    ids=str,
+)
 def test_a_sample_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
-    groups: int, dtype: torch.dtype
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> None:
-    x, dout = (batch((9, 6, 50, 40), seed).to(dtype) for seed in (1, 2))
-    weight = batch((6,), 3).to(dtype)
+    """With the smaller maps a thread takes several groups at once, and how many depends on batch and threads."""
+    x, dout = (batch(shape, seed).to(dtype) for seed in (1, 2))
+    weight = batch(shape[1:2], 3).to(dtype)
 
     def results(x: Tensor, dout: Tensor) -> list[Tensor]:
         leaf = x.detach().requires_grad_()

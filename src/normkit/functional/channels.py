@@ -236,7 +236,8 @@ def group_norm(
         TypeError: x is no tensor, or has no floating-point dtype.
 
     Numerics: moments of a channel, or of up to 8192 elements of a group on the compiled core, are sums of squared
-        deviations, merged over a group by Chan's formula, in float64 on the compiled core. No result depends on the other samples of the batch, and none on train or eval.
+        deviations, merged over a group by Chan's formula, in float64 on the compiled core. No result depends on the
+        other samples of the batch, and none on train or eval.
 
     Example:
         >>> import torch, normkit.functional as F

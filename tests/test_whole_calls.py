@@ -89,7 +89,11 @@ SAMPLES = ((3, 4, 7), (2, 6, 5, 3), (5, 4), (4, 300, 17), (2, 4, 9000), (1, 4, 3
 def test_group_norm_in_one_call_is_the_general_way_to_rounding(
     dtype: torch.dtype, last: bool, generally: Callable[[Callable[[], Any]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums over a group's channels are added in another order, in float64."""
+    """Sums over a group's channels are added in another order, in float64.
+
+    A last bit of the mean, 50, times the sum of dout makes dweight's error: over 20 seeds up to 1572 eps of its largest
+    for one call and 3133 for the general way of (2, 4, 9000) in float64 (torch: 32678).
+    """
     taken = []
 
     def counted(*arguments: Any) -> Any:
@@ -109,7 +113,7 @@ def test_group_norm_in_one_call_is_the_general_way_to_rounding(
         for call in calls:
             found, expected = steps(call, tensors), generally(lambda: steps(call, tensors))  # noqa: B023
             for one, other in zip(found, expected, strict=True):
-                eps = torch.finfo(dtype).eps * (64 if dtype is torch.float64 else 1)
+                eps = torch.finfo(dtype).eps * (4096 if dtype is torch.float64 else 1)
                 scale = float(other.abs().max())
                 torch.testing.assert_close(one, other, rtol=2 * eps, atol=2 * eps * scale, msg=f"{shape} {dtype}")
                 assert one.stride() == other.stride() or 1 in shape

@@ -429,6 +429,7 @@ def test_a_layer_compiled_inside_a_checkpoint_counts_once() -> None:
     assert int(model[1].num_batches_tracked) == 1
 
 
+@pytest.mark.xfail(torch.__version__.startswith("2.8."), reason="torch 2.8 computes it again unseen", strict=True)
 def test_a_checkpoint_inside_a_compiled_function_counts_once() -> None:
     torch.compiler.reset()
     model = nn.Sequential(nn.Conv1d(4, 4, 1), normkit.BatchNorm1d(4), nn.ReLU()).double()
@@ -506,6 +507,7 @@ def test_a_single_value_takes_running_statistics_in_compiled_code_too() -> None:
         torch.testing.assert_close(compiled(**given), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="this torch has the long way alone")
 def test_a_whole_number_of_momentum_takes_the_short_way(core: None, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = normkit.BatchNorm1d(4, momentum=1, dtype=torch.float64)
     monkeypatch.setattr(type(layer), "take_statistics", lambda *_: pytest.fail("the long way"))

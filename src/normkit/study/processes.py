@@ -1,7 +1,7 @@
 """Cells in processes of this machine; and what every executor of cells gives, cluster.py's Ray too.
 
 Here: Executor, Failed, Processes, cores, sentence.
-May import: torch.
+May import: the standard library.
 Read next: run.py and studies/run.py, which hand over their cells; cluster.py, the other executor.
 
 A worker gets (task, arguments, whether it may tell) over its pipe and answers ("told", anything) any number of times,
@@ -102,7 +102,6 @@ class Processes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end(self._pool)
-        self._pool.clear()
 
     @property
     def cores(self) -> int:
@@ -119,7 +118,7 @@ class Processes:
         return {"cpu": cpu, "cores": cores(), "platform": f"{platform.system()} {platform.machine()}"}
 
     def put(self, value: Any) -> Any:
-        self.__exit__(None, None, None)  # workers get the values as they start
+        self._end(self._pool)  # workers get the values as they start
         self._values.append(value)
         return _Put(len(self._values) - 1)
 
@@ -137,7 +136,7 @@ class Processes:
         waiting = list(range(len(calls)))
         try:
             while waiting or self._busy():
-                self._pool[:] = [one for one in self._pool if one.call is not None or one.process.is_alive()]
+                self._end([one for one in self._pool if one.call is None and not one.process.is_alive()])
                 while len(self._pool) < min(jobs, len(self._busy()) + len(waiting)):
                     self._pool.append(_Worker(self._values))
                 for idle in [one for one in self._pool if one.call is None][: jobs - len(self._busy())]:
@@ -157,20 +156,19 @@ class Processes:
                     worker.call = None
                     yield index, answer if kind == "done" else Failed(answer)
         finally:
-            abandoned = self._busy()
-            self._end(abandoned)
-            self._pool[:] = [one for one in self._pool if one not in abandoned]
+            self._end(self._busy())
 
     def _busy(self) -> list[_Worker]:
         return [one for one in self._pool if one.call is not None]
 
-    @staticmethod
-    def _end(workers: Sequence[_Worker]) -> None:
+    def _end(self, workers: Sequence[_Worker]) -> None:
+        """Kill these workers of the pool and take them out of it."""
         for one in workers:
             one.process.kill()  # idle, or its work is abandoned; it holds nothing that needs closing
         for one in workers:
             one.process.join()
             one.connection.close()
+        self._pool = [one for one in self._pool if one not in workers]
 
 
 class _Worker:

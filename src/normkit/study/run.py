@@ -66,9 +66,9 @@ def run_cells(
     ((_, times),) = executor.results(
         _time, [(text, configurations, threads)], jobs=1, threads=threads, told=lambda _, round: watcher.timing(*round)
     )
-    seconds_per_step = dict(
-        zip(configurations, [None] * len(configurations) if isinstance(times, Failed) else times, strict=True)
-    )
+    seconds_per_step = dict.fromkeys(configurations)
+    if not isinstance(times, Failed):
+        seconds_per_step = dict(zip(configurations, times, strict=True))
     watcher.planned(pending, seconds_per_step)
     done = executor.results(
         _train,

@@ -71,14 +71,14 @@ class Backend(Protocol):
 
 NAMES = ("cpu", "triton", "reference")
 
-_EXACT_TYPES = (Tensor, torch.nn.Parameter)
-_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EXACT_TYPES = (Tensor, torch.nn.Parameter)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forced = cpu.forced
 
 CPU: Backend = cpu
 TRITON = gpu.TRITON
-interpreted = gpu.interpreted
+interpreted, has_kernels = gpu.interpreted, gpu.has_kernels
 COLUMNS = cast(Backend, columns)  # its row primitives for the channels of channels-first memory; it has no others
 suits_columns = columns.suits
 norm_now, norm_backward_now = cpu.norm_now, cpu.norm_backward_now
@@ -223,7 +223,7 @@ def transformed() -> str | None:
 def exact(tensor: Tensor) -> bool:
     """Whether the tensor is torch's own strided tensor, whose memory is what it shows."""
     return (
-        type(tensor) in _EXACT_TYPES
+        type(tensor) in EXACT_TYPES
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and not tensor.is_neg()
@@ -241,7 +241,7 @@ def _off_cpu(tensors: Sequence[Tensor | None]) -> str | None:
             return f"x is on {tensor.device}, the compiled core takes CPU tensors"
         if not exact(tensor):
             return _inexact_text(tensor)
-        if tensor.dtype not in _KERNEL_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"x has dtype {tensor.dtype}, the compiled core takes float32, float64, bfloat16 and float16"
     return None
 
@@ -250,7 +250,7 @@ def _off_triton(tensors: Sequence[Tensor | None]) -> str | None:
     for tensor in tensors:
         if tensor is not None and not exact(tensor):
             return gpu.unavailable() or _inexact_text(tensor)
-    return gpu.off(tensors, _KERNEL_DTYPES)
+    return gpu.off(tensors, KERNEL_DTYPES)
 
 
 def _off_reference(tensors: Sequence[Tensor | None]) -> str | None:
@@ -266,7 +266,7 @@ def _off_reference(tensors: Sequence[Tensor | None]) -> str | None:
 
 
 def _inexact_text(tensor: Tensor) -> str:
-    if type(tensor) not in _EXACT_TYPES:
+    if type(tensor) not in EXACT_TYPES:
         return f"x is a {type(tensor).__name__}, kernels take exact torch.Tensor objects"
     return "x is nested, sparse, or a lazily negated or zero view, kernels take plain strided memory"
 

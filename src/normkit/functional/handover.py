@@ -1,16 +1,71 @@
 """Small CUDA inputs, which torch's own kernels norm before a Triton launch has left the host.
 
-Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do.
+Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do;
+`row_norm_now`, before our own questions have taken longer than torch's whole norm.
 May import: torch, backends.
 Read next: kernels/launch.py, which holds the measured limits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from normkit import backends
+from normkit.reference import accumulation_dtype
+
+_EPS = {dtype: torch.finfo(accumulation_dtype(dtype)).eps for dtype in backends.KERNEL_DTYPES}
+_HALF = (torch.bfloat16, torch.float16)
+_EXACT_TYPES = frozenset(backends.EXACT_TYPES)
+
+
+def row_norm_now(
+    x: Any,
+    residual: Any,
+    normalized_shape: int | Sequence[int],
+    weight: Any,
+    bias: Any,
+    eps: float | None,
+    centered: bool,
+    weight_offset: float,
+) -> Any:
+    """out, with a residual (out, total), where torch is to compute and nothing is in the way, else None.
+
+    None says no more than that: the way that follows asks all questions, has what torch refused refused in our words,
+    and comes to `row_norm` where it can.
+    """
+    if type(x) not in _EXACT_TYPES or torch._C._len_torch_function_stack():  # a mode would see what x is asked
+        return None
+    if not backends.has_kernels(x.get_device()) or backends.is_forced() or profiler._is_profiler_enabled:
+        return None
+    if weight_offset or backends.transformed() is not None:
+        return None
+    dtype = x.dtype
+    if x.layout is not torch.strided or x.is_nested or dtype not in _EPS:
+        return None
+    if not 0 < x.nbytes <= backends.TORCH_ROW_BYTES:
+        return None
+    for other in (residual, weight, bias):
+        if other is not None and (type(other) not in _EXACT_TYPES or other.dtype is not dtype):
+            return None
+    if eps is None:
+        eps = _EPS[dtype]
+    elif type(eps) is not float or not eps >= 0.0:
+        return None
+    if residual is not None and residual.shape != x.shape:
+        return None
+    if dtype in _HALF and torch.is_autocast_enabled("cuda"):  # which widens x
+        return None
+    try:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        pair = _by_torch(x, residual, shape, weight, bias, eps, centered)
+    except (RuntimeError, TypeError):
+        return None
+    return pair[0] if residual is None else pair
 
 
 def _small(x: Tensor, limit: int) -> bool:
@@ -38,10 +93,22 @@ def row_norm(
     """(out, total) of a call that Triton would take."""
     if weight_offset or x.numel() == 0 or not _small(x, backends.TORCH_ROW_BYTES) or not _of_one_dtype(x, weight, bias):
         return None
+    return _by_torch(x, residual, x.shape[-1:], weight, bias, eps, centered)
+
+
+def _by_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
     if centered:
-        return torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps), total
-    return torch.nn.functional.rms_norm(total, x.shape[-1:], weight, eps), total
+        return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
+    return torch.rms_norm(total, normalized_shape, weight, eps), total
 
 
 def batch_norm(

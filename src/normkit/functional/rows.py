@@ -96,7 +96,10 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, eq. 3 and 4 (which have no eps).
     """
     if shard_group is None and not is_compiling():
-        plain: Tensor | None = backends.norm_now(input, None, normalized_shape, weight, bias, eps, True, 0.0)
+        call = (input, None, normalized_shape, weight, bias, eps, True, 0.0)
+        plain: Tensor | None = backends.norm_now(*call)
+        if plain is None:
+            plain = handover.row_norm_now(*call)
         if plain is not None:
             return plain
     if has_torch_function_variadic(input, weight, bias) and not nested.alone((input,), weight, bias):
@@ -151,7 +154,10 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4 (which has no eps).
     """
     if shard_group is None and not is_compiling():
-        plain: Tensor | None = backends.norm_now(input, None, normalized_shape, weight, None, eps, False, weight_offset)
+        call = (input, None, normalized_shape, weight, None, eps, False, weight_offset)
+        plain: Tensor | None = backends.norm_now(*call)
+        if plain is None:
+            plain = handover.row_norm_now(*call)
         if plain is not None:
             return plain
     if has_torch_function_variadic(input, weight) and not nested.alone((input,), weight):
@@ -197,7 +203,10 @@ def add_layer_norm(
     Source: the PostNorm block of Vaswani et al., "Attention Is All You Need", 2017, section 3.1.
     """
     if residual is not None and not is_compiling():
-        plain = backends.norm_now(x, residual, normalized_shape, weight, bias, eps, True, 0.0)
+        call = (x, residual, normalized_shape, weight, bias, eps, True, 0.0)
+        plain = backends.norm_now(*call)
+        if plain is None:
+            plain = handover.row_norm_now(*call)
         if plain is not None:
             return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight, bias) and not nested.alone((x, residual), weight, bias):
@@ -242,7 +251,10 @@ def add_rms_norm(
     Source: the residual stream of Touvron et al., "LLaMA", 2023, section 2.2, with the add fused.
     """
     if residual is not None and not is_compiling():
-        plain = backends.norm_now(x, residual, normalized_shape, weight, None, eps, False, weight_offset)
+        call = (x, residual, normalized_shape, weight, None, eps, False, weight_offset)
+        plain = backends.norm_now(*call)
+        if plain is None:
+            plain = handover.row_norm_now(*call)
         if plain is not None:
             return AddNorm(*plain)
     if has_torch_function_variadic(x, residual, weight) and not nested.alone((x, residual), weight):

@@ -1,6 +1,6 @@
 """Whether the Triton kernels can run here, and the kernels themselves, loaded when the first call needs them.
 
-Here: `unavailable`, `off`, `interpreted`, and TRITON, the primitives of the Backend protocol.
+Here: `unavailable`, `off`, `has_kernels`, `interpreted`, and TRITON, the primitives of the Backend protocol.
 May import: torch; triton_primitives, at the first use.
 Read next: triton_rows.py and triton_channels.py, from tensors to launches.
 """
@@ -77,6 +77,12 @@ def off(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> str 
     if first is not None and first.is_cuda and (capability := _capability(first.device.index)) < OLDEST_CAPABILITY:
         return f"x is on a device of compute capability {capability[0]}.{capability[1]}, Triton kernels need 8.0"
     return None
+
+
+@cache
+def has_kernels(device: int) -> bool:
+    """Whether they take tensors of the CUDA device with that number; -1, no CUDA device, has none."""
+    return device >= 0 and unavailable() is None and _capability(device) >= OLDEST_CAPABILITY
 
 
 @cache

@@ -209,6 +209,10 @@ def test_a_small_input_is_torchs_own_and_a_small_bad_batch_still_refused(trainin
     x = moved(normal((7, 5), 1).float())
     assert_same_bits(normkit.functional.layer_norm(x, 5), torch.nn.functional.layer_norm(x, (5,)), "layer_norm")
     assert_same_bits(normkit.functional.rms_norm(x, 5), torch.nn.functional.rms_norm(x, (5,)), "rms_norm")
+    assert gpu.has_kernels(x.get_device())
+    for name in ("layer_norm", "rms_norm"):  # torch finds it out, and the way that follows says it
+        with pytest.raises(RuntimeError, match="same device"):
+            getattr(normkit.functional, name)(x, 5, torch.ones(5))
     norm, plain = layer().train(training), torch.nn.BatchNorm1d(5).to(DEVICE).train(training)
     for seed in range(3):
         x = moved(normal((7, 5), seed).float())

@@ -1,4 +1,4 @@
-"""What the public functions share around a computation: overriding tensors, profiler labels, whether to record.
+"""What the public functions share around a computation: overriding tensors, profiler labels, autocast, recording.
 
 May import: torch.
 Read next: rows.py.
@@ -34,6 +34,11 @@ def apart(function: Callable[..., Returned], *args: Any, **kwargs: Any) -> Retur
     """The call between two graphs of torch.compile: collectives do not belong into one."""
     result: Returned = torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return result
+
+
+def autocast_widens(dtype: torch.dtype) -> bool:
+    """Whether torch's autocast runs row norms of `dtype` on CUDA in float32; it leaves them alone on CPU."""
+    return dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda")
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do;
 `row_norm_now`, before our own questions have taken longer than torch's whole norm.
-May import: torch, backends.
+May import: torch, backends, calls, reference.
 Read next: kernels/launch.py, which holds the measured limits.
 """
 
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from normkit import backends
+from normkit.functional.calls import autocast_widens
 from normkit.reference import accumulation_dtype
 
 _EPS = {dtype: torch.finfo(accumulation_dtype(dtype)).eps for dtype in backends.KERNEL_DTYPES}
-_HALF = (torch.bfloat16, torch.float16)
-_EXACT_TYPES = frozenset(backends.EXACT_TYPES)
 
 
 def row_norm_now(
@@ -38,65 +37,40 @@ def row_norm_now(
     None says no more than that: the way that follows asks all questions, has what torch refused refused in our words,
     and comes to `row_norm` where it can.
     """
-    if type(x) not in _EXACT_TYPES or torch._C._len_torch_function_stack():  # a mode would see what x is asked
+    if type(x) not in backends.EXACT_TYPES or torch._C._len_torch_function_stack():  # a mode would see what x is asked
         return None
-    if not backends.has_kernels(x.get_device()) or backends.is_forced() or profiler._is_profiler_enabled:
-        return None
-    if weight_offset or backends.transformed() is not None:
+    if not backends.has_kernels(x.get_device()) or profiler._is_profiler_enabled or backends.transformed() is not None:
         return None
     dtype = x.dtype
-    if x.layout is not torch.strided or x.is_nested or dtype not in _EPS:
-        return None
-    if not 0 < x.nbytes <= backends.TORCH_ROW_BYTES:
+    if x.layout is not torch.strided or x.is_nested or dtype not in _EPS or autocast_widens(dtype):
         return None
     for other in (residual, weight, bias):
-        if other is not None and (type(other) not in _EXACT_TYPES or other.dtype is not dtype):
+        if other is not None and type(other) not in backends.EXACT_TYPES:
             return None
+    if residual is not None and (residual.dtype is not dtype or residual.shape != x.shape):
+        return None
     if eps is None:
         eps = _EPS[dtype]
     elif type(eps) is not float or not eps >= 0.0:
         return None
-    if residual is not None and residual.shape != x.shape:
-        return None
-    if dtype in _HALF and torch.is_autocast_enabled("cuda"):  # which widens x
-        return None
     try:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-        pair = _by_torch(x, residual, shape, weight, bias, eps, centered)
+        pair = row_norm(x, residual, shape, weight, bias, eps, centered, weight_offset)
     except (RuntimeError, TypeError):
         return None
-    return pair[0] if residual is None else pair
+    return pair[0] if residual is None and pair is not None else pair
 
 
 def _small(x: Tensor, limit: int) -> bool:
-    """Whether x has up to `limit` bytes, and the backend is not asked for by name.
+    """Whether x has elements, of up to `limit` bytes, and the backend is not asked for by name.
 
     Under a CUDA graph too, where the host's time does not matter: what a warm-up did not call must not be called first
     while a graph is captured.
     """
-    return x.numel() * x.element_size() <= limit and not backends.is_forced()
-
-
-def _of_one_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    return all(parameter is None or parameter.dtype == x.dtype for parameter in parameters)
+    return 0 < x.nbytes <= limit and not backends.is_forced()
 
 
 def row_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    weight_offset: float,
-) -> tuple[Tensor, Tensor] | None:
-    """(out, total) of a call that Triton would take."""
-    if weight_offset or x.numel() == 0 or not _small(x, backends.TORCH_ROW_BYTES) or not _of_one_dtype(x, weight, bias):
-        return None
-    return _by_torch(x, residual, x.shape[-1:], weight, bias, eps, centered)
-
-
-def _by_torch(
     x: Tensor,
     residual: Tensor | None,
     normalized_shape: Sequence[int],
@@ -104,7 +78,14 @@ def _by_torch(
     bias: Tensor | None,
     eps: float,
     centered: bool,
-) -> tuple[Tensor, Tensor]:
+    weight_offset: float,
+) -> tuple[Tensor, Tensor] | None:
+    """(out, total) of a call that Triton would take."""
+    if weight_offset or not _small(x, backends.TORCH_ROW_BYTES):
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and parameter.dtype != x.dtype:
+            return None
     total = x if residual is None else x + residual
     if centered:
         return torch.layer_norm(total, normalized_shape, weight, bias, eps), total
@@ -128,7 +109,7 @@ def batch_norm(
 
     torch moves copies of the statistics of a guarded batch, which one launch more takes over if they are finite.
     """
-    if x.numel() == 0 or not _small(x, backends.TORCH_BATCH_NORM_BYTES):
+    if not _small(x, backends.TORCH_BATCH_NORM_BYTES):
         return None
     means, variances = running_mean, running_var
     if guarded and running_mean is not None and running_var is not None:

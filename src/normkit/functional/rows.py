@@ -20,7 +20,7 @@ from torch.overrides import has_torch_function_variadic
 from normkit import _checks, backends, reference
 from normkit.autograd import record_row_norm
 from normkit.functional import handover, nested, sharded
-from normkit.functional.calls import overridden, profiled, requires_grad
+from normkit.functional.calls import autocast_widens, overridden, profiled, requires_grad
 from normkit.ranks import ProcessGroup
 from normkit.reference import accumulation_dtype
 
@@ -290,7 +290,7 @@ def _row_norm(
         rest = (normalized_shape, weight, bias, eps, centered, weight_offset, shard_group)
         return nested.over_values(op, lambda x, residual: _row_norm(op, x, residual, *rest), x, residual, *rest[:3])
     shape = _checks.normalized_shape(op, x, normalized_shape, weight, bias)
-    widens = _autocast_widens(x)
+    widens = x.is_cuda and autocast_widens(x.dtype)
     given = None
     if residual is None:
         given = x
@@ -326,11 +326,6 @@ def _fold(x: Any, shape: tuple[int, ...]) -> Any:
     return None if x is None else x.flatten(-len(shape))
 
 
-def _autocast_widens(x: Tensor) -> bool:
-    """Whether torch's autocast runs row norms of x in float32: it does on CUDA, and leaves them alone on CPU."""
-    return x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16)
-
-
 def _row_compute(
     x: Tensor,
     residual: Tensor | None,
@@ -344,7 +339,7 @@ def _row_compute(
     if backend is None:
         return reference.rows_forward(x, residual, weight, bias, eps, centered, weight_offset)[:2]
     if backend is backends.TRITON:
-        small = handover.row_norm(x, residual, weight, bias, eps, centered, weight_offset)
+        small = handover.row_norm(x, residual, x.shape[-1:], weight, bias, eps, centered, weight_offset)
         if small is not None:
             return small
     if torch.is_grad_enabled() and requires_grad(x, residual, weight, bias):

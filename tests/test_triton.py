@@ -8,6 +8,7 @@ rounds, takes a second for what a GPU does in a microsecond, and so gets the sma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,12 @@ def new_plans() -> Iterator[None]:
     """Launches are planned anew before and after a test that chooses tiles of its own."""
     from normkit.kernels import triton_rows
 
-    plans = (triton_rows._forward_plan, triton_rows._backward_plan)
+    plans = (
+        triton_rows._forward_plan,
+        triton_rows._backward_plan,
+        triton_rows._means_plan,
+        triton_rows._columns_plan,
+    )
     for plan in plans:
         plan.cache_clear()
     yield
@@ -75,17 +81,74 @@ def test_sizes_around_every_block_are_right(norm: Norm) -> None:
         checks.check_row_sizes(ours, norm)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
-@pytest.mark.parametrize("size", [40, 300] if INTERPRETED else [40000, 65536, 131072 + 8])
-def test_rows_too_long_for_the_chip_are_right(
-    name: str, size: int, monkeypatch: pytest.MonkeyPatch, new_plans: None
-) -> None:
+@pytest.fixture
+def long_rows(monkeypatch: pytest.MonkeyPatch, new_plans: None) -> None:
+    """The interpreter takes rows of more than 64 elements for long, and keeps 4 blocks of them."""
     if INTERPRETED:
-        for name_of_choice in ("rows_forward", "rows_backward"):
-            monkeypatch.setattr(launch, name_of_choice, lambda *_: launch.RowTile(1, 32, 1, stages=1))
-    norm = BY_NAME[name]
-    checks.check_values(ours, norm, (3, size), torch.float32)
-    checks.check_gradients(ours, norm, (3, size), torch.float32)
+        for choose in ("rows_forward", "rows_backward"):
+            monkeypatch.setattr(launch, choose, lambda *_: launch.RowTile(1, 64, 1, stages=1, programs=1))
+        monkeypatch.setattr(launch.RowTile, "kept", lambda tile, size, _: min(-(-size // tile.block), 4))
+
+
+LONG = [100, 300] if INTERPRETED else [12000, 16384, 32768, 40000, 65536, 131072 + 8]
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("size", LONG)
+@pytest.mark.parametrize("backward", ["in registers", "by columns"])
+def test_rows_too_long_for_the_chip_are_right(
+    name: str, size: int, backward: str, monkeypatch: pytest.MonkeyPatch, long_rows: None
+) -> None:
+    if backward == "by columns":
+        tile = launch.RowTile(1, 64, 1, stages=1, programs=2) if INTERPRETED else launch.RowTile(1, 1024, 4, 3, 8)
+        monkeypatch.setattr(launch, "long_columns", lambda *_: tile)
+        monkeypatch.setattr(launch, "rows_backward", lambda *_: replace(tile, stages=1, programs=0))
+    rows = 5 if INTERPRETED else 300  # more than programs, and no multiple of them
+    checks.check_values(ours, BY_NAME[name], (rows, size), torch.float32)
+    checks.check_gradients(ours, BY_NAME[name], (rows, size), torch.float32)
+
+
+def exactly(name: str, x: torch.Tensor) -> torch.Tensor:
+    """In float64, with the eps that a call with x has."""
+    eps = 1e-5 if name == "layer_norm" else torch.finfo(x.dtype).eps
+    result: torch.Tensor = getattr(torch.nn.functional, name)(x.double(), x.shape[-1:], eps=eps)
+    return result
+
+
+@pytest.mark.parametrize("size", [LONG[0], LONG[-1]])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_long_rows_keep_their_digits_and_never_overflow(name: str, size: int, long_rows: None) -> None:
+    x = normal((7, size), 12)
+    x[1] += 1e4
+    x[2] = 7.25
+    x[3, 0] += 1e4  # what the others are measured from
+    x[4] *= 1e30
+    x[5, : size // 3] += 1e3
+    x = x.float()
+    found = getattr(ours, name)(x, (size,))
+    added, total = getattr(ours, f"add_{name}")(x, torch.zeros_like(x), (size,))
+    assert_same_bits(total, x, "total")
+    assert_same_bits(added, found, "with a residual of zeros")
+    assert_same_bits(getattr(ours, name)(x[3:4], (size,)), found[3:4], "a row alone")
+    exact = exactly(name, x)
+    if name == "layer_norm":
+        assert float(found[2].abs().max()) == 0.0
+    off = (found.double() - exact).abs().amax(1) / exact.abs().amax(1).clamp_min(1.0)
+    assert float(off.max()) <= 1e-6, f"{name}: {off.tolist()}"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_stays_in_its_long_row(name: str, bad: float, long_rows: None) -> None:
+    size = LONG[-1]
+    x = normal((5, size), 7).float()
+    x[1, 2], x[3, size - 1] = bad, -bad
+    found, theirs = getattr(ours, name)(x, (size,)), getattr(torch.nn.functional, name)(x, (size,))
+    assert torch.equal(torch.isnan(found), torch.isnan(theirs))
+    off = (found.double() - exactly(name, x))[0::2].abs().max()
+    assert float(off) <= 1e-6
 
 
 @pytest.mark.parametrize("norm", ROWS, ids=str)

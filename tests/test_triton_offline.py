@@ -19,7 +19,7 @@ from triton_offline import compiled, launches
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block, CUDA C++ programming guide, table 29
 SIZES = (64, 768, 1024, 4096, 8192, 16384)
-LONG = (32768, 65536)
+LONG = (16384, 32768, 40000, 65536)
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 everywhere = pytest.mark.parametrize("capability", SHARED_BYTES)
 
@@ -90,7 +90,16 @@ MORE = {
     "bfloat16 with float32 gamma": rows(4096, BF16, True, wider=True),
     "float16": rows(1024, F16, True),
     "float64": rows(1024, F64, True),
-    **{f"{size} {str(dtype)[6:]}": rows(size, dtype, True) for size in LONG for dtype in (BF16, F32)},
+}
+LONG_ROWS = {
+    f"{'add ' * residual}{'layer' if centered else 'rms'}_norm {size} {str(dtype)[6:]}": rows(
+        size, dtype, centered, residual
+    )
+    for size in LONG
+    for dtype in (BF16, F32)
+    for centered in (True, False)
+    for residual in (False, True)
+    if centered or size > 16384
 }
 BATCH_NORMS = {
     f"{shape} {str(dtype)[6:]}{' channels-last' * last}{' masked' * masked}": batch_norm(shape, dtype, last, masked)
@@ -111,6 +120,9 @@ VECTORS = (
 
 
 def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch, wide: bool = True) -> None:
+    monkeypatch.setattr(triton_rows, "shared_bytes", lambda _: SHARED_BYTES[capability])  # what stages depend on
+    for plan in (triton_rows._forward_plan, triton_rows._backward_plan):
+        plan.cache_clear()
     for launch in launches(monkeypatch, call):
         name = launch.kernel.__name__
         found = compiled(launch, capability)
@@ -133,6 +145,17 @@ def test_the_common_row_sizes_load_wide_and_spill_nothing(
 @pytest.mark.parametrize("call", MORE.values(), ids=MORE)
 def test_row_kernels_compile_for(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(call, capability, monkeypatch)
+
+
+@pytest.mark.parametrize("call", LONG_ROWS.values(), ids=LONG_ROWS)
+def test_long_rows_stay_on_chip_without_spills(call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(call, 90, monkeypatch)
+    for launch in launches(monkeypatch, call):
+        if launch.kernel.__name__ in ("long_forward_kernel", "long_backward_kernel"):
+            found = compiled(launch, 90)
+            loop = found.ttgir.split("scf.for", 1)[1].split("} {tt.num_stages", 1)[0]
+            assert "convert_layout" not in loop, "a step's blocks would go through shared memory once more"
+            assert "async_copy_global_to_local" in found.ttgir, "loads would not be started steps ahead"
 
 
 @everywhere

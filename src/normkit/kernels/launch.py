@@ -41,20 +41,32 @@ class RowTile:
     programs: int = 0  # per multiprocessor, each taking tiles in turn; 0: one for each tile
     again: bool = False  # whether backward fetches a tile twice
 
+    def kept(self, size: int, itemsize: int) -> int:
+        """How many blocks of a long row forward keeps in registers.
+
+        As many as the compiler keeps without spills (test_triton_offline.py): 32768 elements, of float32 fewer where
+        blocks that are fetched again are merged with them.
+        """
+        blocks = -(-size // self.block)
+        if itemsize == 4 and blocks > 16:
+            return 11
+        return min(blocks, (32768 if itemsize <= 4 else 8192) // self.block)
+
 
 def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
     """For rows of `size` elements of `itemsize` bytes.
 
     The fastest, or within some percent of it, of several hundred tiles tried on an H200: 64 bytes a thread, a row or
     more than one at a time; from 16384 elements on, what the register file allows. benchmarks/results/gpu_tiles.json
-    has those of D = 256 and of long rows; the record of the others was lost.
+    has those of D = 256; the record of the others was lost.
+
+    Tiles of rows that are longer have not been measured: 16 bytes a thread and tensor, three blocks on their way as in
+    `reduction`, and as many threads as leave 128 registers to each.
     """
     block = power_of_two(size)
     narrow = itemsize <= 2
-    if block > 32768 or (block == 32768 and not centered):
-        return RowTile(1, 16384, 32, stages=1)
-    if block == 32768 or (block == 16384 and centered and not narrow):
-        return RowTile(1, 8192, 16, stages=1)
+    if block > 16384 or (block == 16384 and centered and not narrow):
+        return RowTile(1, 8192 // itemsize, 16, stages=4, programs=1)
     if block <= 128:
         return RowTile(max(1, 4096 // (itemsize * block)), block, 4)
     if block == 16384 and not centered:
@@ -67,17 +79,17 @@ def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
     """For rows of `size` elements of `itemsize` bytes; chosen as those of `rows_forward`.
 
     Centered norms sum two parameters' gradients in registers, so they have fewer threads with more registers each.
+    Sums of 32768 elements fit beside what a step needs; what has more goes by rows and then by columns, with tiles that
+    were measured for earlier kernels of the same two loops (gpu_tiles.json: dx and parameters).
     """
     block = power_of_two(size)
     narrow = itemsize <= 2
-    if block > 32768 and not (narrow and centered):
-        return RowTile(1, 4096, 16, stages=1)
-    if block > 16384:
-        return RowTile(1, 8192, 32, stages=1)
-    if block == 16384 and centered:
-        return RowTile(1, 4096 if narrow else 8192, 16, stages=1)
-    if block == 16384:
+    if block == 16384 and not centered and itemsize <= 4:
         return RowTile(1, block, 16, stages=1 if narrow else 2, programs=1, again=True)
+    if block > 8192:
+        if itemsize <= 4 and block * (2 if centered else 1) <= 32768:
+            return RowTile(1, 8192 // itemsize, 16, stages=4, programs=1)
+        return RowTile(1, 4096, 16, stages=1)
     if not narrow:
         rows = max(1, 4096 // block)
         if block == 8192:
@@ -106,8 +118,8 @@ def programs(tiles: int, multiprocessors: int, tile: RowTile) -> int:
     return min(tiles, multiprocessors * tile.programs) if tile.programs else tiles
 
 
-def long_parameters(size: int, multiprocessors: int) -> RowTile:
-    """For the parameters' gradients of long rows: `programs` in all share the rows of each block of columns."""
+def long_columns(size: int, multiprocessors: int) -> RowTile:
+    """For the gradients of long rows by columns: `programs` in all share the rows of each block of columns."""
     block = 1024
     return RowTile(1, block, 4, stages=3, programs=max(1, 4 * multiprocessors * block // size))
 

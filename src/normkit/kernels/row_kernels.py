@@ -2,7 +2,7 @@
 
 Here: `forward_kernel`, `backward_kernel`, `sum_kernel`, and the formulas that they share with longer rows.
 May import: triton.
-Read next: long_row_kernels.py, the same for rows that do not fit.
+Read next: long_forward_kernels.py and long_backward_kernels.py, the same for rows that do not fit.
 """
 
 from __future__ import annotations
@@ -213,6 +213,14 @@ def _xhat(total_at, valid, mean, rstd, CENTERED: tl.constexpr, ACC: tl.constexpr
     return xhat * rstd
 
 
+@triton.jit
+def _dx(g, xhat, mean_g_xhat, mean_g, rstd, CENTERED: tl.constexpr):
+    dx = g - mean_g_xhat * xhat
+    if CENTERED:
+        dx = dx - mean_g
+    return dx * rstd
+
+
 @triton.jit(do_not_specialize=["rows", "dout_inner", "dtotal_inner", "total_inner"])
 def backward_kernel(
     dout_ptr,
@@ -297,15 +305,13 @@ def backward_kernel(
                 mean_g_xhat, mean_g = (sum_g_xhat * INVERSE)[:, None], (sum_g * INVERSE)[:, None]
             else:
                 mean_g_xhat = (tl.sum(g * xhat, 1) * INVERSE)[:, None]
+                mean_g = mean_g_xhat
             if AGAIN:
                 xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC)
                 g = tl.load(dout_at, mask=valid, other=0.0).to(ACC)
                 if weight_ptr is not None:
                     g = g * _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
-            dx = g - mean_g_xhat * xhat
-            if CENTERED:
-                dx = dx - mean_g
-            dx = dx * rstd
+            dx = _dx(g, xhat, mean_g_xhat, mean_g, rstd, CENTERED)
             if dtotal_ptr is not None:
                 start = _start(row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES)
                 dx += tl.load(dtotal_ptr + start[:, None] + cols, mask=valid, other=0.0).to(ACC)

@@ -19,7 +19,8 @@ from normkit import reference
 from normkit.kernels import launch
 from normkit.kernels.cpu import _empty_rows, _in_rows
 from normkit.kernels.launch import RowTile
-from normkit.kernels.long_row_kernels import long_dx_kernel, long_forward_kernel, long_parameters_kernel
+from normkit.kernels.long_backward_kernels import long_backward_kernel, long_columns_kernel, long_means_kernel
+from normkit.kernels.long_forward_kernels import long_forward_kernel
 from normkit.kernels.row_kernels import backward_kernel, forward_kernel, sum_kernel
 from normkit.kernels.triton_run import (
     ACCUMULATION,
@@ -67,10 +68,15 @@ def _forward_plan(
     """`two`: whether x, and whether residual, have two outer strides."""
     tile = launch.rows_forward(size, dtype.itemsize, centered)
     numbers = (*two, eps, weight_offset, centered, SCALES[dtype], triton_dtype(dtype), size)
+    tensors, itemsize, shared = (2 if added else 1), dtype.itemsize, shared_bytes(device)
     if tile.block < size:
-        launcher = Launcher(long_forward_kernel, (*numbers, tile.block, tile.stages), tile.warps)
+        kept = tile.kept(size, itemsize)
+        # x and residual of a row, what is fetched again of the row before it, weight and bias, which may be wider
+        tensors += (kept * tile.block < size) + (4 if itemsize == 2 else 2)
+        tile = launch.fitting(tile, tensors, itemsize, shared)
+        launcher = Launcher(long_forward_kernel, (*numbers, tile.block, kept, tile.stages), tile.warps)
     else:
-        tile = launch.fitting(tile, 2 if added else 1, dtype.itemsize, shared_bytes(device))
+        tile = launch.fitting(tile, tensors, itemsize, shared)
         launcher = Launcher(forward_kernel, (*numbers, tile.block, tile.rows, tile.stages), tile.warps)
     return _Plan(tile, launcher, device, multiprocessors(device))
 
@@ -100,10 +106,7 @@ def rows_forward(
         x.get_device(),
     )  # fmt: skip
     pointers = (x, residual, contiguous(weight), contiguous(bias), out, total, mean, rstd)
-    if plan.tile.block < shape[-1]:
-        plan.launcher.launch(plan.device, (rows,), pointers, x_axes + residual_axes)
-    else:
-        plan.launcher.launch(plan.device, (plan.programs(rows),), pointers, (rows, *x_axes, *residual_axes))
+    plan.launcher.launch(plan.device, (plan.programs(rows),), pointers, (rows, *x_axes, *residual_axes))
     return out, x if total is None else total, mean, rstd
 
 
@@ -121,30 +124,41 @@ class _Backward(NamedTuple):
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        return self.centered, *self.needs[1:], triton_dtype(self.dtype), self.size
+        needs = self.needs[1:]
+        return *self.two, self.weight_offset, self.centered, *needs, triton_dtype(self.dtype), self.size
 
 
 @lru_cache(maxsize=1024)
 def _backward_plan(of: _Backward) -> _Plan:
-    """Of rows that stay on chip, all gradients in one launch; or of dx alone for longer ones."""
+    """Of all gradients in one launch; a tile without programs: they take two, and this is none of them."""
     tile = launch.rows_backward(of.size, of.dtype.itemsize, of.centered)
+    itemsize, shared = of.dtype.itemsize, shared_bytes(of.device)
     if tile.block < of.size:
-        constants = (*of.two, of.weight_offset, of.centered, triton_dtype(of.dtype), of.size, tile.block, tile.stages)
-        launcher = Launcher(long_dx_kernel, constants, tile.warps)
+        # two rows of dout and of total, and a weight that may be as wide again
+        tile = launch.fitting(tile, (5 if of.added else 4) + (2 if itemsize == 2 else 1), itemsize, shared)
+        launcher = Launcher(long_backward_kernel, (*of.constants, tile.block, tile.stages), tile.warps)
     else:
-        tile = launch.fitting(tile, 3 if of.added else 2, of.dtype.itemsize, shared_bytes(of.device))
-        constants = (*of.two, of.weight_offset, *of.constants, tile.block, tile.rows, tile.stages, tile.again)
+        tile = launch.fitting(tile, 3 if of.added else 2, itemsize, shared)
+        constants = (*of.constants, tile.block, tile.rows, tile.stages, tile.again)
         launcher = Launcher(backward_kernel, constants, tile.warps)
     return _Plan(tile, launcher, of.device, multiprocessors(of.device))
 
 
 @lru_cache(maxsize=1024)
-def _parameters_plan(of: _Backward) -> _Plan:
-    """Of the parameters' gradients of long rows."""
-    count = multiprocessors(of.device)
-    share = launch.long_parameters(of.size, count)
-    constants = (of.two[0], of.two[2], *of.constants, share.block, share.stages)
-    return _Plan(share, Launcher(long_parameters_kernel, constants, share.warps), of.device, count)
+def _means_plan(of: _Backward) -> _Plan:
+    """Of what dx needs to know of each long row."""
+    tile = launch.rows_backward(of.size, of.dtype.itemsize, of.centered)
+    dtype = triton_dtype(of.dtype)
+    constants = (of.two[0], of.two[2], of.weight_offset, of.centered, dtype, of.size, tile.block, tile.stages)
+    return _Plan(tile, Launcher(long_means_kernel, constants, tile.warps), of.device, 0)
+
+
+@lru_cache(maxsize=1024)
+def _columns_plan(of: _Backward) -> _Plan:
+    """Of the gradients of long rows, by columns."""
+    tile = launch.long_columns(of.size, multiprocessors(of.device))
+    launcher = Launcher(long_columns_kernel, (*of.constants, tile.block, tile.stages), tile.warps)
+    return _Plan(tile, launcher, of.device, 0)
 
 
 @lru_cache(maxsize=1024)
@@ -189,21 +203,23 @@ def rows_backward(
     of = _Backward(size, dtype, float(weight_offset), mean is not None, dtotal is not None, needs, two, device)
     plan = _backward_plan(of)
     axes = (*dout_axes, *dtotal_axes, *total_axes)
-    partial = None
-    if plan.tile.block >= size:
-        programs = plan.programs(rows)
-        partial = rstd.new_empty((2, programs, size)) if needs[1] or needs[2] else None
-        pointers = (dout, dtotal, total, mean, rstd, weight, dx, partial)
+    at_once = plan.tile.programs > 0 and (needs[0] or plan.tile.block >= size)
+    if not at_once:
+        plan = _columns_plan(of)
+    programs = plan.programs(rows) if at_once else min(rows, plan.tile.programs)
+    partial = rstd.new_empty((2, programs, size)) if needs[1] or needs[2] else None
+    pointers = (dout, dtotal, total, mean, rstd, weight, dx, partial)
+    if at_once:
         plan.launcher.launch(device, (programs,), pointers, (rows, *axes))
     else:
-        if dx is not None:
-            plan.launcher.launch(device, (rows,), (dout, dtotal, total, mean, rstd, weight, dx), axes)
-        if needs[1] or needs[2]:
-            plan = _parameters_plan(of)
-            programs = min(rows, plan.tile.programs)
-            partial = rstd.new_empty((2, programs, size))
-            grid = (-(-size // plan.tile.block), programs)
-            plan.launcher.launch(device, grid, (dout, total, mean, rstd, partial), (rows, *dout_axes, *total_axes))
+        means = None
+        if needs[0]:
+            means = rstd.new_empty((2, rows))
+            _means_plan(of).launcher.launch(
+                device, (rows,), (dout, total, mean, rstd, weight, means), (rows, *dout_axes, *total_axes)
+            )
+        grid = (-(-size // plan.tile.block), programs)
+        plan.launcher.launch(device, grid, (*pointers, means), (rows, *axes))
     if partial is not None:
         plan = _sum_plan(size, device)
         grid = (-(-size // plan.tile.block), 2 if needs[2] else 1)

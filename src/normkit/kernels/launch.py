@@ -44,8 +44,8 @@ class RowTile:
     def kept(self, size: int, itemsize: int) -> int:
         """How many blocks of a long row forward keeps in registers.
 
-        As many as the compiler keeps without spills (test_triton_offline.py): 32768 elements, of float32 fewer where
-        blocks that are fetched again are merged with them.
+        As many as triton 3.4 to 3.7 keep without spills (test_triton_offline.py): 32768 elements, of float32 fewer
+        where blocks that are fetched again are merged with them.
         """
         blocks = -(-size // self.block)
         if itemsize == 4 and blocks > 16:

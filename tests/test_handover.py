@@ -1,4 +1,4 @@
-"""Small row norms that torch computes on a CUDA device: what is handed over at once, and what is asked first.
+"""Small norms that torch computes on a CUDA device: what is handed over at once, and what is asked first.
 
 Without a GPU: CPU tensors pass for those of a device whose kernels run, and the compiled core declines.
 """
@@ -173,3 +173,155 @@ def test_autocast_widens_halves_before_anything_is_handed_over(
     assert handed == []
     NF.layer_norm(X, 8)
     assert len(handed) == 1
+
+
+# ------------------------------------------------------------------------------------------------ BatchNorm
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The x of every BatchNorm that is handed to torch; the launch that takes a guarded batch's statistics over is here
+    a few operations of torch.
+    """
+    seen: list[torch.Tensor] = []
+    batch_norm = handover.batch_norm
+
+    def spied(x: torch.Tensor, *rest: Any) -> Any:
+        out = batch_norm(x, *rest)
+        if out is not None:
+            seen.append(x)
+        return out
+
+    def commit_running(*given: torch.Tensor | None) -> None:
+        means, variances, running_mean, running_var, tracked, _ = given
+        assert means is not None
+        assert variances is not None
+        assert running_mean is not None
+        assert running_var is not None
+        if bool(means.isfinite().all() and variances.isfinite().all()):
+            running_mean.copy_(means)
+            running_var.copy_(variances)
+            if tracked is not None:
+                tracked.add_(1)
+
+    monkeypatch.setattr(handover, "batch_norm", spied)
+    monkeypatch.setattr(backends, "batch_norm_now", cpu._never)
+    monkeypatch.setattr(backends, "has_kernels", lambda device: device == -1)
+    monkeypatch.setattr(backends.TRITON, "commit_running", commit_running, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("policy", [{}, {"nonfinite": "allow"}, {"track_running_stats": False}, {"affine": False}])
+def test_a_small_batch_norm_is_torchs_to_the_bit(
+    batches: list[torch.Tensor], policy: dict[str, Any], training: bool
+) -> None:
+    ours = normkit.BatchNorm1d(8, **policy).train(training)
+    torchs = torch.nn.BatchNorm1d(8, **{name: value for name, value in policy.items() if name != "nonfinite"})
+    torchs.train(training)
+    for seed in range(3):
+        x, dout = normal((5, 8, 3), seed).float().requires_grad_(), normal((5, 8, 3), seed + 9).float()
+        found, exact = ours(x), torchs(x)
+        assert_same_bits(found, exact, "out")
+        for one, other in zip(
+            torch.autograd.grad(found, (x, *ours.parameters()), dout),
+            torch.autograd.grad(exact, (x, *torchs.parameters()), dout),
+            strict=True,
+        ):
+            assert_same_bits(one, other, "a gradient")
+    for (name, one), other in zip(ours.named_buffers(), torchs.buffers(), strict=True):
+        assert_same_bits(one, other, name)
+    assert len(batches) == 3
+
+
+def test_a_batch_with_nan_is_handed_over_and_its_statistics_are_not_taken(batches: list[torch.Tensor]) -> None:
+    norm = normkit.BatchNorm1d(8)
+    norm(X.movedim(1, -1))
+    before = norm.running_var.clone()
+    version = norm.running_var._version
+    bad = X.movedim(1, -1).clone()
+    bad[0, 3, 0] = torch.nan
+    assert bool(norm(bad).isnan().any())
+    assert_same_bits(norm.running_var, before, "running_var")
+    assert norm.running_var._version > version
+    assert int(norm.num_batches_tracked) == 1
+    assert len(batches) == 2
+
+
+def test_the_function_hands_over_with_and_without_statistics(batches: list[torch.Tensor]) -> None:
+    x = X.movedim(1, -1)
+    mean, var = torch.zeros(8), torch.ones(8)
+    their_mean, their_var = torch.zeros(8), torch.ones(8)
+    assert_same_bits(
+        NF.batch_norm(x, mean, var, WEIGHT, BIAS, True, 0.3, 1e-3),
+        F.batch_norm(x, their_mean, their_var, WEIGHT, BIAS, True, 0.3, 1e-3),
+        "training",
+    )
+    assert_same_bits(mean, their_mean, "running_mean")
+    assert_same_bits(var, their_var, "running_var")
+    assert_same_bits(NF.batch_norm(x, mean, var), F.batch_norm(x, mean, var), "eval")
+    assert_same_bits(NF.batch_norm(x, None, None, training=True), F.batch_norm(x, None, None, training=True), "alone")
+    assert len(batches) == 3
+
+
+ONES = torch.ones(8)
+REFUSED_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
+    "weight": (
+        lambda: NF.batch_norm(X[:, 0], ONES, ONES, WEIGHT[:7]),
+        "batch_norm: weight must have one value per channel",
+    ),
+    "statistics": (
+        lambda: NF.batch_norm(X[:, 0], ONES[:7], ONES[:7]),
+        "batch_norm: running_mean must have one value per channel",
+    ),
+    "no statistics": (
+        lambda: NF.batch_norm(X[:, 0], None, None),
+        "batch_norm: running_mean and running_var are needed outside training",
+    ),
+    "eps": (lambda: NF.batch_norm(X[:, 0], ONES, ONES, eps=-1.0), "batch_norm: eps must be zero or positive, got -1.0"),
+    "one axis": (lambda: NF.batch_norm(X[0, 0], ONES, ONES), "batch_norm: x must"),
+    "one value": (
+        lambda: NF.batch_norm(X[:1, 0], None, None, training=True),
+        "batch_norm: training needs more than 1 value per channel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BATCHES)
+def test_what_torch_refuses_of_a_batch_is_refused_in_our_words(batches: list[torch.Tensor], name: str) -> None:
+    call, sentence = REFUSED_BATCHES[name]
+    with pytest.raises(ValueError, match=sentence):
+        call()
+    assert batches == []
+
+
+@pytest.mark.parametrize("name", IN_FORCE)
+def test_no_batch_is_handed_over_at_once_while_something_else_is_in_force(
+    batches: list[torch.Tensor], name: str
+) -> None:
+    with IN_FORCE[name]():
+        out = NF.batch_norm(X[:, 0], ONES, ONES)
+    assert batches == []
+    torch.testing.assert_close(out, F.batch_norm(X[:, 0], ONES, ONES))
+
+
+NOT_PLAIN_BATCHES: dict[str, Callable[[], Any]] = {
+    "a subclass": lambda: NF.batch_norm(X[:, 0].as_subclass(Subclass), ONES, ONES),
+    "a subclass as weight": lambda: NF.batch_norm(X[:, 0], ONES, ONES, WEIGHT.as_subclass(Subclass)),
+    "no elements": lambda: NF.batch_norm(X[:0, 0], ONES, ONES),
+    "more bytes than torch is quicker for": lambda: NF.batch_norm(
+        torch.ones(backends.TORCH_BATCH_NORM_BYTES // 32 + 1, 8), ONES, ONES
+    ),
+    "statistics wider than torch's kernels know": lambda: NF.batch_norm(X[:, 0], ONES.double(), ONES.double()),
+    "a weight of another dtype than the statistics": lambda: NF.batch_norm(
+        X[:, 0].bfloat16(), ONES, ONES, WEIGHT.bfloat16()
+    ),
+    "statistics with gaps": lambda: NF.batch_norm(X[:, 0], torch.ones(16)[::2], torch.ones(16)[::2]),
+    "a mask": lambda: NF.batch_norm(X.movedim(1, -1), ONES, ONES, mask=torch.ones(3, 2, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN_BATCHES)
+def test_a_batch_that_is_not_plain_and_small_is_asked_about_first(batches: list[torch.Tensor], name: str) -> None:
+    NOT_PLAIN_BATCHES[name]()
+    assert batches == []

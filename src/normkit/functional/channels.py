@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from torch.overrides import has_torch_function_variadic
 
 from normkit import _checks, backends, statistics
-from normkit.functional import channel_steps
+from normkit.functional import channel_steps, handover
 from normkit.functional.calls import apart, overridden, profiled
 from normkit.functional.channel_steps import Given
 from normkit.functional.masks import Lengths, valid_positions
@@ -92,6 +92,8 @@ def batch_norm(
         plain: Tensor | None = backends.batch_norm_now(
             input, running_mean, running_var, weight, bias, training, momentum, eps, False
         )
+        if plain is None:
+            plain = handover.batch_norm_now(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if plain is not None:
             return plain
     tensors = (input, running_mean, running_var, weight, bias)

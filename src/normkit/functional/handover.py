@@ -1,7 +1,7 @@
 """Small CUDA inputs, which torch's own kernels norm before a Triton launch has left the host.
 
 Here: `row_norm` and `batch_norm` by torch, or None where Triton is faster, asked for, or alone in what it can do;
-`row_norm_now`, before our own questions have taken longer than torch's whole norm.
+`row_norm_now` and `batch_norm_now`, before our own questions have taken longer than torch's whole norm.
 May import: torch, backends, calls, reference.
 Read next: kernels/launch.py, which holds the measured limits.
 """
@@ -22,6 +22,21 @@ from normkit.reference import accumulation_dtype
 _EPS = {dtype: torch.finfo(accumulation_dtype(dtype)).eps for dtype in backends.KERNEL_DTYPES}
 
 
+def _plain(x: Any, *others: Any) -> bool:
+    """Whether nothing but kernels will read x, a tensor of a device that has ours, and the others that are given."""
+    if type(x) not in backends.EXACT_TYPES or torch._C._len_torch_function_stack():  # a mode would see what x is asked
+        return False
+    if not backends.has_kernels(x.get_device()) or profiler._is_profiler_enabled or backends.transformed() is not None:
+        return False
+    if x.layout is not torch.strided or x.is_nested or x.dtype not in _EPS:
+        return False
+    for other in others:  # no generator, which would take longer than the questions
+        if other is None or type(other) in backends.EXACT_TYPES:
+            continue
+        return False
+    return True
+
+
 def row_norm_now(
     x: Any,
     residual: Any,
@@ -37,16 +52,8 @@ def row_norm_now(
     None says no more than that: the way that follows asks all questions, has what torch refused refused in our words,
     and comes to `row_norm` where it can.
     """
-    if type(x) not in backends.EXACT_TYPES or torch._C._len_torch_function_stack():  # a mode would see what x is asked
+    if not _plain(x, residual, weight, bias) or autocast_widens(dtype := x.dtype):
         return None
-    if not backends.has_kernels(x.get_device()) or profiler._is_profiler_enabled or backends.transformed() is not None:
-        return None
-    dtype = x.dtype
-    if x.layout is not torch.strided or x.is_nested or dtype not in _EPS or autocast_widens(dtype):
-        return None
-    for other in (residual, weight, bias):
-        if other is not None and type(other) not in backends.EXACT_TYPES:
-            return None
     if residual is not None and (residual.dtype is not dtype or residual.shape != x.shape):
         return None
     if eps is None:
@@ -92,6 +99,39 @@ def row_norm(
     return torch.rms_norm(total, normalized_shape, weight, eps), total
 
 
+def batch_norm_now(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: bool,
+    momentum: Any,
+    eps: Any,
+    guarded: bool = False,
+    tracked: Tensor | None = None,
+    refused: Tensor | None = None,
+) -> Tensor | None:
+    """`batch_norm` where nothing is in the way, else None, which says no more than that of `row_norm_now`."""
+    if not _plain(x, running_mean, running_var, weight, bias):
+        return None
+    if type(momentum) is not float or type(eps) is not float or not eps >= 0.0 or x.dim() < 2:
+        return None
+    if running_mean is None or running_var is None:
+        if not training or running_mean is not running_var:
+            return None
+    elif not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        return None
+    if training and x.numel() <= x.shape[1]:  # a value a channel: the policies of a layer, or an error
+        return None
+    try:
+        return batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, guarded, tracked, refused
+        )
+    except (RuntimeError, TypeError):
+        return None
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -107,14 +147,19 @@ def batch_norm(
 ) -> Tensor | None:
     """out of a call that Triton would take; see `channel_steps.whole` for the last three.
 
-    torch moves copies of the statistics of a guarded batch, which one launch more takes over if they are finite.
+    torch moves copies of the statistics of a guarded batch, which one launch more takes over if they are finite. Its
+    kernels know parameters and statistics of x's dtype, or all of them of float32 beside halves.
     """
     if not _small(x, backends.TORCH_BATCH_NORM_BYTES):
+        return None
+    dtypes = {each.dtype for each in (running_mean, running_var, weight, bias) if each is not None}
+    if dtypes and dtypes != {x.dtype} and (dtypes != {torch.float32} or x.dtype == torch.float64):
         return None
     means, variances = running_mean, running_var
     if guarded and running_mean is not None and running_var is not None:
         means, variances = running_mean.clone(), running_var.clone()
-    out = torch.nn.functional.batch_norm(x, means, variances, weight, bias, training, momentum, eps)
+    cudnn = torch.backends.cudnn.enabled
+    out = torch.batch_norm(x, weight, bias, means, variances, training, momentum, eps, cudnn)
     if guarded and running_mean is not None and running_var is not None:
         backends.TRITON.commit_running(means, variances, running_mean, running_var, tracked, refused)
         for changed in (running_mean, running_var):

@@ -115,22 +115,23 @@ class _BatchNorm(RunningStatistics):
         if type(weight) is not float:
             return None
         means, variances = (self.running_mean, self.running_var) if tracking or not own else (None, None)
-        out = at_once(x, means, variances, self.weight, self.bias, own, weight, self.eps)
+        given = Given(x, self.weight, self.bias, None)
+        out = at_once(x, means, variances, given.weight, given.bias, own, weight, self.eps)
         if out is None:
-            return self._whole(x, means, variances, own, tracking, weight)
+            return self._whole(given, means, variances, own, tracking, weight)
         if tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)  # after the call: a refused batch is not counted
         return out
 
     def _whole(
-        self, x: Tensor, means: Tensor | None, variances: Tensor | None, own: bool, tracking: bool, weight: float
+        self, given: Given, means: Tensor | None, variances: Tensor | None, own: bool, tracking: bool, weight: float
     ) -> Tensor | None:
         """The plain call in a GPU's few launches, which look after NaN and count by themselves."""
         if tracking and self.nonfinite == "raise":
             return None  # it waits for the device
         guarded = tracking and self.nonfinite == "skip"
-        refused = self.refused_on(x.device) if guarded and x.device.type != "cpu" else None
-        given = Given(x, self.weight, self.bias, None)
+        device = given.x.device
+        refused = self.refused_on(device) if guarded and device.type != "cpu" else None
         tracked = self.num_batches_tracked if tracking else None
         return whole(given, means, variances, own, weight, self.eps, guarded, tracked, refused)
 

@@ -322,9 +322,71 @@ def test_the_committed_table_is_what_the_committed_record_says(table: ModuleType
     assert table.markdown(json.loads(result.read_text())) == result.with_suffix(".md").read_text()
 
 
-def test_without_a_gpu_it_ends_with_a_sentence() -> None:
+# --- tiles
+
+
+@pytest.fixture
+def tiles(cells: ModuleType) -> ModuleType:
+    pytest.importorskip("triton")
+    import gpu_tiles
+
+    return gpu_tiles
+
+
+def test_what_launch_chooses_is_compared_with_others(tiles: ModuleType) -> None:
+    from normkit.kernels import launch
+
+    for case in tiles.cases(tiles.SIZES):
+        found = tiles.choices(case, 132)
+        itemsize = getattr(torch, case.dtype).itemsize
+        choose = launch.rows_forward if case.task == "forward" else launch.rows_backward
+        assert found[0].tile == choose(case.size, itemsize, case.centered), case.label
+        assert len(found) >= 8
+        assert len({choice.label for choice in found}) == len(found), case.label
+        for choice in found:
+            by_columns = case.task == "backward" and not choice.tile.programs
+            assert (choice.columns is not None) == by_columns, case.label
+
+
+def test_choices_are_timed_in_turn_and_those_that_fail_are_told(
+    tiles: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normkit.kernels.triton_run import Launcher
+
+    clock = Clock()
+
+    def launched(launcher: Launcher, *_: Any) -> None:
+        stages = launcher.constants[-1]
+        if stages == 6:
+            raise RuntimeError("out of resource: shared memory")
+        clock.now_ms += stages * 1e-3
+
+    monkeypatch.setattr(Launcher, "launch", launched)
+    monkeypatch.setattr("normkit.kernels.triton_rows.shared_bytes", lambda _: 227 * 1024)
+    case = tiles.Case(32768, "float32", False, "forward")
+    records = tiles.measured(case, 4, 132, device="cpu", clock=clock)
+    times = [record["us"] for record in records if "us" in record]
+    assert times == sorted(times)
+    assert times[0] == 1.0  # one stage
+    failed = [record for record in records if "us" not in record]
+    assert failed
+    assert all(record["stages"] == 6 and "out of resource" in record["failed"] for record in failed)
+    assert "of the copy's rate" in tiles.line(records[0])
+    assert "out of resource" in tiles.line(failed[0])
+
+
+def test_rows_of_other_cases_stay_in_the_file(tiles: ModuleType) -> None:
+    keys = {"size": 32768, "dtype": "float32", "centered": True, "task": "forward"}
+    old = {"what": "kept", "rows": [{**keys, "us": 1.0}, {**keys, "size": 256, "us": 2.0}]}
+    new = tiles.replaced(old, [{**keys, "us": 3.0}])
+    assert new["what"] == "kept"
+    assert sorted(row["us"] for row in new["rows"]) == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_tiles.py"])
+def test_without_a_gpu_it_ends_with_a_sentence(script: str) -> None:
     ran = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py")],
+        [sys.executable, str(BENCHMARKS / script)],
         capture_output=True,
         text=True,
         check=False,
@@ -332,5 +394,5 @@ def test_without_a_gpu_it_ends_with_a_sentence() -> None:
     )
     assert ran.returncode == 1
     assert ran.stderr.strip().endswith(
-        "benchmarks/gpu.py: needs a CUDA device, torch finds none; run it on a machine with a GPU"
+        f"benchmarks/{script}: needs a CUDA device, torch finds none; run it on a machine with a GPU"
     )

@@ -278,6 +278,14 @@ REFUSED_BATCHES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: NF.batch_norm(X[:, 0], None, None),
         "batch_norm: running_mean and running_var are needed outside training",
     ),
+    "a weight of another shape": (
+        lambda: NF.batch_norm(X[:, 0], ONES, ONES, WEIGHT.view(2, 4)),
+        "batch_norm: weight must have one value per channel",
+    ),
+    "no eps": (
+        lambda: NF.batch_norm(X[:, 0], None, None, training=True, eps=0.0),
+        "batch_norm: eps must be positive in training",
+    ),
     "eps": (lambda: NF.batch_norm(X[:, 0], ONES, ONES, eps=-1.0), "batch_norm: eps must be zero or positive, got -1.0"),
     "one axis": (lambda: NF.batch_norm(X[0, 0], ONES, ONES), "batch_norm: x must"),
     "one value": (

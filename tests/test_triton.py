@@ -134,8 +134,10 @@ def test_long_rows_keep_their_digits_and_never_overflow(name: str, size: int, lo
     exact = exactly(name, x)
     if name == "layer_norm":
         assert float(found[2].abs().max()) == 0.0
-    off = (found.double() - exact).abs().amax(1) / exact.abs().amax(1).clamp_min(1.0)
-    assert float(off.max()) <= 1e-6, f"{name}: {off.tolist()}"
+    off = (found.double() - exact).abs()
+    relative = off.amax(1) / exact.abs().amax(1).clamp_min(1.0)
+    assert float(relative.max()) <= 1e-6, f"{name}: {relative.tolist()}"
+    assert float(off[3, 1:].max()) <= 2e-7, f"{name} beside one large value"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -149,6 +151,24 @@ def test_what_is_not_finite_stays_in_its_long_row(name: str, bad: float, long_ro
     assert torch.equal(torch.isnan(found), torch.isnan(theirs))
     off = (found.double() - exactly(name, x))[0::2].abs().max()
     assert float(off) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [37, LONG[0]])
+def test_a_large_first_element_costs_the_others_no_digits(size: int, long_rows: None) -> None:
+    x = normal((5, size), 13)
+    x[:, 0] = 1e4
+    off = (ours.layer_norm(x.float(), (size,)).double() - exactly("layer_norm", x.float())).abs()
+    assert float(off[:, 1:].max()) <= 2e-7
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("size", [37, LONG[0]])
+def test_no_gradient_is_nan_where_the_mean_in_deviations_overflows(size: int, long_rows: None) -> None:
+    x = torch.full((3, size), 2e36, requires_grad=True)
+    weight = torch.ones(size, requires_grad=True)
+    out = ours.layer_norm(x, (size,), weight, torch.zeros(size), 1e-5)
+    for gradient in torch.autograd.grad(out, (x, weight), normal((3, size), 1).float()):
+        assert bool(gradient.isfinite().all())
 
 
 @pytest.mark.parametrize("norm", ROWS, ids=str)

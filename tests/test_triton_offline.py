@@ -90,6 +90,11 @@ MORE = {
     "bfloat16 with float32 gamma": rows(4096, BF16, True, wider=True),
     "float16": rows(1024, F16, True),
     "float64": rows(1024, F64, True),
+    "layer_norm 16384 bfloat16 with float32 gamma": rows(16384, BF16, True, wider=True),
+    "layer_norm 40000 float16": rows(40000, F16, True),
+    "rms_norm 32768 float32": rows(32768, F32, False),
+    "add_layer_norm 65536 bfloat16": rows(65536, BF16, True, residual=True),
+    "add_rms_norm 65536 float32": rows(65536, F32, False, residual=True),
 }
 LONG_ROWS = {
     f"{'add ' * residual}{'layer' if centered else 'rms'}_norm {size} {str(dtype)[6:]}": rows(

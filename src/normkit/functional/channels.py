@@ -77,7 +77,8 @@ def batch_norm(
         stands at invalid positions of x and dout, NaN included, changes no bit of anything. A single valid value in
         all raises where the count is known without waiting for a device; elsewhere it normalizes to bias and leaves
         the running statistics. Ranks are merged by Chan's formula in float64: all get the same bits. A CUDA x of up to
-        32 MiB without a mask is computed by torch, with torch's numerics (docs/gpu.md).
+        32 MiB without a mask is computed by torch, with torch's numerics, where torch's kernels know the dtypes
+        (docs/gpu.md).
 
     Example:
         >>> import torch, normkit.functional as F

@@ -115,21 +115,21 @@ def batch_norm_now(
     """`batch_norm` where nothing is in the way, else None, which says no more than that of `row_norm_now`."""
     if not _plain(x, running_mean, running_var, weight, bias):
         return None
-    if type(momentum) is not float or type(eps) is not float or not eps >= 0.0 or x.dim() < 2:
+    if type(momentum) is not float or type(eps) is not float or not eps > 0.0 or x.dim() < 2:
         return None
     if running_mean is None or running_var is None:
         if not training or running_mean is not running_var:
             return None
     elif not (running_mean.is_contiguous() and running_var.is_contiguous()):
         return None
+    shape = (x.shape[1],)
+    for each in (running_mean, running_var, weight, bias):  # torch asks for no more than their number of elements
+        if each is not None and each.shape != shape:
+            return None
     if training and x.numel() <= x.shape[1]:  # a value a channel: the policies of a layer, or an error
         return None
-    try:
-        return batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, guarded, tracked, refused
-        )
-    except (RuntimeError, TypeError):
-        return None
+    # What torch raises now is not caught: the statistics may have moved.
+    return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, guarded, tracked, refused)
 
 
 def batch_norm(
@@ -158,8 +158,7 @@ def batch_norm(
     means, variances = running_mean, running_var
     if guarded and running_mean is not None and running_var is not None:
         means, variances = running_mean.clone(), running_var.clone()
-    cudnn = torch.backends.cudnn.enabled
-    out = torch.batch_norm(x, weight, bias, means, variances, training, momentum, eps, cudnn)
+    out = torch.nn.functional.batch_norm(x, means, variances, weight, bias, training, momentum, eps)
     if guarded and running_mean is not None and running_var is not None:
         backends.TRITON.commit_running(means, variances, running_mean, running_var, tracked, refused)
         for changed in (running_mean, running_var):

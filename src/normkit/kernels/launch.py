@@ -60,19 +60,28 @@ def rows_forward(size: int, itemsize: int, centered: bool) -> RowTile:
     more than one at a time; from 16384 elements on, what the register file allows. benchmarks/results/gpu_tiles.json
     has those of D = 256; the record of the others was lost.
 
-    Tiles of rows that are longer have not been measured: 16 bytes a thread and tensor, three blocks on their way as in
-    `reduction`, and as many threads as leave 128 registers to each.
+    Tiles of rows that are longer have not been measured, see `_long`.
     """
     block = power_of_two(size)
     narrow = itemsize <= 2
     if block > 16384 or (block == 16384 and centered and not narrow):
-        return RowTile(1, 8192 // itemsize, 16, stages=4, programs=1)
+        return _long(size, itemsize)
     if block <= 128:
         return RowTile(max(1, 4096 // (itemsize * block)), block, 4)
     if block == 16384 and not centered:
         return RowTile(1, block, 16 if narrow else 32, stages=3, programs=1)
     rows = max(1, 1024 // block)
     return RowTile(rows, block, min(32, rows * block // (1024 if narrow else 512)))
+
+
+def _long(size: int, itemsize: int) -> RowTile:
+    """Of rows of which registers hold a part: 16 bytes a thread and tensor, 128 registers for each.
+
+    Three blocks on their way and, for whole dtypes, only where rows begin at multiples of 16 bytes: as was measured for
+    `reduction`, not for these.
+    """
+    aligned = itemsize < 4 or size * itemsize % 16 == 0
+    return RowTile(1, 8192 // itemsize, 16, stages=4 if aligned else 1, programs=1)
 
 
 def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
@@ -88,7 +97,7 @@ def rows_backward(size: int, itemsize: int, centered: bool) -> RowTile:
         return RowTile(1, block, 16, stages=1 if narrow else 2, programs=1, again=True)
     if block > 8192:
         if itemsize <= 4 and block * (2 if centered else 1) <= 32768:
-            return RowTile(1, 8192 // itemsize, 16, stages=4, programs=1)
+            return _long(size, itemsize)
         return RowTile(1, 4096, 16, stages=1)
     if not narrow:
         rows = max(1, 4096 // block)

@@ -11,25 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.row_kernels import _dx, _gain, _start, _sum_of_two
-
-
-@triton.jit
-def _at(ptr, row, inner, outer_stride, inner_stride, TWO_AXES: tl.constexpr, cols, mask, ACC: tl.constexpr):
-    """Those columns of a row."""
-    start = _start(row, inner, outer_stride, inner_stride, TWO_AXES)
-    return tl.load(ptr + start + cols, mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _xhat_at(
-    total_ptr, row, inner, outer_stride, inner_stride, TWO_AXES: tl.constexpr, cols, mask, mean, rstd,
-    CENTERED: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    xhat = _at(total_ptr, row, inner, outer_stride, inner_stride, TWO_AXES, cols, mask, ACC)
-    if CENTERED:
-        xhat = xhat - mean
-    return xhat * rstd
+from normkit.kernels.row_kernels import _dx, _gain, _start, _sum_of_two, _xhat
 
 
 @triton.jit
@@ -91,6 +73,7 @@ def long_backward_kernel(
     A step takes BLOCK_D columns of one row for its sums, and the same columns of the row before it, out of the cache,
     for dx: one loop without a pause between rows, whose loads the compiler starts steps ahead.
     """
+    WHOLE: tl.constexpr = D % BLOCK_D == 0
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     PARTS: tl.constexpr = triton.next_power_of_2(BLOCKS)
     program = tl.program_id(0)
@@ -113,13 +96,14 @@ def long_backward_kernel(
         inside = cols < D
         ahead = inside & (next_row < rows)
         here = inside & (row >= 0)
-        next_g = _at(dout_ptr, next_row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES, cols, ahead,
-                     ACC)  # fmt: skip
-        next_xhat = _xhat_at(total_ptr, next_row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES,
-                             cols, ahead, next_mean, next_rstd, CENTERED, ACC)  # fmt: skip
-        g = _at(dout_ptr, row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES, cols, here, ACC)
-        xhat = _xhat_at(total_ptr, row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES,
-                        cols, here, mean, rstd, CENTERED, ACC)  # fmt: skip
+        dout_at = dout_ptr + _start(next_row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
+        next_g = tl.load(dout_at + cols, mask=ahead, other=0.0).to(ACC)
+        total_at = total_ptr + _start(next_row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
+        next_xhat = _xhat(total_at + cols, ahead, next_mean, next_rstd, CENTERED, ACC, WHOLE)
+        dout_at = dout_ptr + _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
+        g = tl.load(dout_at + cols, mask=here, other=0.0).to(ACC)
+        total_at = total_ptr + _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
+        xhat = _xhat(total_at + cols, here, mean, rstd, CENTERED, ACC, WHOLE)
         g_xhat = g * xhat
         for number in tl.static_range(BLOCKS):
             if block == number:  # the comparison below is the compiler's: a part is a set of registers
@@ -135,8 +119,10 @@ def long_backward_kernel(
         sum_g_xhat += next_g * next_xhat
         dx = _dx(g, xhat, mean_g_xhat, mean_g, rstd, CENTERED)
         if dtotal_ptr is not None:
-            dx += _at(dtotal_ptr, row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES, cols,
-                      here, ACC)  # fmt: skip
+            dtotal_at = dtotal_ptr + _start(
+                row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES
+            )
+            dx += tl.load(dtotal_at + cols, mask=here, other=0.0).to(ACC)
         tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=here)
         if block == BLOCKS - 1:
             mean_g_xhat, mean_g = _means(sum_g_xhat, sum_g, CENTERED, D)
@@ -177,6 +163,7 @@ def long_means_kernel(
     STAGES: tl.constexpr,
 ):
     """What dx needs of one row per program, BLOCK_D elements at a time."""
+    WHOLE: tl.constexpr = D % BLOCK_D == 0
     row = tl.program_id(0).to(tl.int64)
     mean, rstd = _statistics_at(mean_ptr, rstd_ptr, row, rows, CENTERED)
     sum_g = tl.zeros([1, BLOCK_D], ACC)
@@ -184,11 +171,12 @@ def long_means_kernel(
     for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         cols = begin + tl.arange(0, BLOCK_D)[None, :]
         inside = cols < D
-        g = _at(dout_ptr, row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES, cols, inside, ACC)
+        dout_at = dout_ptr + _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
+        g = tl.load(dout_at + cols, mask=inside, other=0.0).to(ACC)
         if weight_ptr is not None:
             g = g * _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)
-        xhat = _xhat_at(total_ptr, row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES,
-                        cols, inside, mean, rstd, CENTERED, ACC)  # fmt: skip
+        total_at = total_ptr + _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
+        xhat = _xhat(total_at + cols, inside, mean, rstd, CENTERED, ACC, WHOLE)
         sum_g += g
         sum_g_xhat += g * xhat
     mean_g_xhat, mean_g = _means(sum_g_xhat, sum_g, CENTERED, D)
@@ -230,6 +218,7 @@ def long_columns_kernel(
     STAGES: tl.constexpr,
 ):
     """dx and the sums of dweight and dbias for BLOCK_D columns of the rows program_id(1), + programs, ..."""
+    WHOLE: tl.constexpr = D % BLOCK_D == 0
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -247,9 +236,10 @@ def long_columns_kernel(
         mean, rstd, mean_g_xhat, mean_g = next_mean, next_rstd, next_mean_g_xhat, next_mean_g
         next_row = row + programs
         next_mean, next_rstd = _statistics_at(mean_ptr, rstd_ptr, next_row, rows, CENTERED)
-        g = _at(dout_ptr, row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES, cols, inside, ACC)
-        xhat = _xhat_at(total_ptr, row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES,
-                        cols, inside, mean, rstd, CENTERED, ACC)  # fmt: skip
+        dout_at = dout_ptr + _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
+        g = tl.load(dout_at + cols, mask=inside, other=0.0).to(ACC)
+        total_at = total_ptr + _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
+        xhat = _xhat(total_at + cols, inside, mean, rstd, CENTERED, ACC, WHOLE)
         if NEEDS_DWEIGHT:
             dweight += g * xhat
         if NEEDS_DBIAS:
@@ -260,8 +250,10 @@ def long_columns_kernel(
                 g = g * gain
             dx = _dx(g, xhat, mean_g_xhat, mean_g, rstd, CENTERED)
             if dtotal_ptr is not None:
-                dx += _at(dtotal_ptr, row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES,
-                          cols, inside, ACC)  # fmt: skip
+                dtotal_at = dtotal_ptr + _start(
+                    row, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride, DTOTAL_TWO_AXES
+                )
+                dx += tl.load(dtotal_at + cols, mask=inside, other=0.0).to(ACC)
             tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if NEEDS_DWEIGHT:
         tl.store(partial_ptr + program * D + cols, dweight, mask=inside)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.row_kernels import _gain, _reciprocal_root, _rescaled_root, _start
+from normkit.kernels.row_kernels import _gain, _reciprocal_root, _rescaled_root, _start, _with_rest
 
 
 @triton.jit
@@ -135,8 +135,8 @@ def long_forward_kernel(
     lane_mean = tl.zeros([1, BLOCK_D], ACC)
     sum_dd = tl.zeros([1, BLOCK_D], ACC)
     mean = tl.zeros((), ACC)
-    rstd, first = mean, mean
-    next_first, later_first = mean, mean
+    rstd, rest = mean, mean
+    origin, next_first, later_first = mean, mean, mean
     if CENTERED:
         start = program.to(tl.int64)
         next_first = _stored(x_ptr, residual_ptr, start, x_inner, x_outer_stride, x_inner_stride, residual_inner,
@@ -178,8 +178,12 @@ def long_forward_kernel(
                 bits = tl.reduce(tl.where(part == number, kept, 0), 0, _either)[None, :]
                 kept = tl.where(part == number, next_bits, kept)
         if CENTERED:
-            # Welford's way in every lane, about the row's first element: nothing is lost wherever the mean lies
-            d = next_x - next_first
+            # Welford's way in every lane, about the mean of the first block: nothing is lost at a large mean. That mean
+            # is taken about the first element, which is exact for a constant row.
+            if block == 0:
+                origin = next_first + tl.sum(tl.sum(next_x - next_first, 1), 0) * (1.0 / BLOCK_D)
+                origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
+            d = next_x - origin
             off = d - lane_mean
             if D % BLOCK_D != 0:
                 off = tl.where(inside, off, 0.0)
@@ -189,16 +193,16 @@ def long_forward_kernel(
             sum_dd += next_x * next_x
         out = bits.to(ACC, bitcast=True)
         if CENTERED:
-            out = (out - first) - mean  # one by one: their sum would be rounded
+            out = (out - mean) - rest  # one by one: their sum would be rounded
         out = _scaled_and_shifted(out * rstd, cols, inside, weight_ptr, bias_ptr, OFFSET, ACC)
         tl.store(out_ptr + row * D + cols, out.to(out_ptr.dtype.element_ty), mask=here)
         if block == BLOCKS - 1:
-            first = next_first
-            mean, square = _merged(lane_mean, sum_dd, CENTERED, D, BLOCK_D)
+            shift, square = _merged(lane_mean, sum_dd, CENTERED, D, BLOCK_D)
+            mean, rest = _with_rest(origin, shift)
             rstd = _reciprocal_root(square + EPS)
             tl.store(rstd_ptr + next_row, rstd, mask=next_row < rows)
             if CENTERED:
-                tl.store(mean_ptr + next_row, first + mean, mask=next_row < rows)
+                tl.store(mean_ptr + next_row, mean, mask=next_row < rows)
                 next_first = later_first
                 later = next_row + 2 * programs
                 later_first = _stored(x_ptr, residual_ptr, later, x_inner, x_outer_stride, x_inner_stride,

@@ -43,21 +43,35 @@ def _sum_of_two(a, b, other_a, other_b):
 
 
 @triton.jit
+def _with_rest(a, b):
+    """a + b, rounded, and what rounding took from it (Knuth, The Art of Computer Programming 2, 4.2.2, theorem B)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
 def _deviations(values, first, inside, D: tl.constexpr, CENTERED: tl.constexpr):
     """Deviations from the mean (or from zero), their mean square, and the mean.
 
-    The mean is taken about the row's first element: exact for a constant row, and nothing is lost at a large mean.
+    The mean is first taken about the row's first element, which is exact for a constant row and loses nothing at a
+    large mean; then about what was found, since a first element far from the others took their digits.
     """
     INVERSE: tl.constexpr = 1.0 / D
     if CENTERED:
-        about = tl.where(inside, values - first[:, None], 0.0)
-        shift = tl.sum(about, 1) * INVERSE
-        deviation = tl.where(inside, about - shift[:, None], 0.0)
-        mean = first + shift
+        mean = first + tl.sum(tl.where(inside, values - first[:, None], 0.0), 1) * INVERSE
+        deviation = tl.where(inside, values - mean[:, None], 0.0)
+        off, square = tl.reduce((deviation, deviation * deviation), 1, _sum_of_two)
+        off = off * INVERSE
+        deviation = deviation - off[:, None]
+        square = square * INVERSE - off * off
+        square = tl.where(square < 0.0, 0.0, square)  # rounding; NaN stays
+        mean += off
     else:
         deviation = values
+        square = tl.sum(values * values, 1) * INVERSE
         mean = first
-    return deviation, tl.sum(deviation * deviation, 1) * INVERSE, mean
+    return deviation, square, mean
 
 
 @triton.jit
@@ -206,11 +220,15 @@ def forward_kernel(
 
 
 @triton.jit
-def _xhat(total_at, valid, mean, rstd, CENTERED: tl.constexpr, ACC: tl.constexpr):
+def _xhat(total_at, valid, mean, rstd, CENTERED: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr):
+    """xhat, and 0 where there is no element; WHOLE: only whole rows are missing, whose statistics are 0."""
     xhat = tl.load(total_at, mask=valid, other=0.0).to(ACC)
     if CENTERED:
         xhat = xhat - mean
-    return xhat * rstd
+    xhat = xhat * rstd
+    if not WHOLE:
+        xhat = tl.where(valid, xhat, 0.0)  # mean * rstd may overflow
+    return xhat
 
 
 @triton.jit
@@ -287,7 +305,7 @@ def backward_kernel(
             next_mean = tl.load(mean_ptr + ahead, mask=ahead < rows, other=0.0)
         start = _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
         total_at = total_ptr + start[:, None] + cols
-        xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC)
+        xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC, D == BLOCK_D)
         start = _start(row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)
         dout_at = dout_ptr + start[:, None] + cols
         g = tl.load(dout_at, mask=valid, other=0.0).to(ACC)
@@ -307,7 +325,7 @@ def backward_kernel(
                 mean_g_xhat = (tl.sum(g * xhat, 1) * INVERSE)[:, None]
                 mean_g = mean_g_xhat
             if AGAIN:
-                xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC)
+                xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC, D == BLOCK_D)
                 g = tl.load(dout_at, mask=valid, other=0.0).to(ACC)
                 if weight_ptr is not None:
                     g = g * _gain(tl.load(weight_ptr + cols, mask=inside, other=0.0), OFFSET, ACC)

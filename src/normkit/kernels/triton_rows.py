@@ -1,8 +1,8 @@
 """Row norms in Triton: `rows_forward` and `rows_backward` of the Backend protocol for CUDA tensors.
 
-Here: from tensors to the kernels' arguments. A row that fits is read once and stays on chip; a longer one is read
-twice. Backward keeps the sums of dweight and dbias in registers over the rows of a program, and a second kernel adds
-the programs' sums in a fixed order: no atomics, the same bits in every run.
+Here: from tensors to the kernels' arguments. A row that fits is read once and stays on chip; of a longer one, what does
+not fit is read again. Backward keeps the sums of dweight and dbias in registers over the rows of a program, and another
+kernel adds the programs' sums in a fixed order: no atomics, the same bits in every run.
 May import: torch, triton, reference, kernels.cpu (for the strides of rows), launch, the kernels.
 Read next: launch.py, who chooses tiles and grids; row_kernels.py, the arithmetic.
 """
@@ -47,6 +47,12 @@ def _strided(x: Tensor) -> tuple[Tensor, _Axes, bool]:
 
 def _optional(x: Tensor | None) -> tuple[Tensor | None, _Axes, bool]:
     return (None, _ABSENT, False) if x is None else _strided(x)
+
+
+def _parameter(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """weight or bias as the kernels take it: no wider than what they compute in."""
+    acc = ACCUMULATION[dtype]
+    return contiguous(values if values is None or values.dtype.itemsize <= acc.itemsize else values.to(acc))
 
 
 class _Plan(NamedTuple):
@@ -105,7 +111,7 @@ def rows_forward(
         shape[-1], dtype, centered, float(eps), float(weight_offset), total is not None, (x_two, residual_two),
         x.get_device(),
     )  # fmt: skip
-    pointers = (x, residual, contiguous(weight), contiguous(bias), out, total, mean, rstd)
+    pointers = (x, residual, _parameter(weight, dtype), _parameter(bias, dtype), out, total, mean, rstd)
     plan.launcher.launch(plan.device, (plan.programs(rows),), pointers, (rows, *x_axes, *residual_axes))
     return out, x if total is None else total, mean, rstd
 
@@ -179,7 +185,7 @@ def rows_backward(
     narrow: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`reference.rows_backward`; the gradients of parameters in `narrow`, rounded once from the accumulation dtype."""
-    if total.numel() == 0:
+    if total.numel() == 0 or not any(needs):
         return reference.rows_backward(dout, dtotal, total, mean, rstd, weight, weight_offset, needs)
     dtype, shape, size = total.dtype, total.shape, total.shape[-1]
     if (weight is not None and weight.numel() != size) or dout.shape != shape:
@@ -195,7 +201,7 @@ def rows_backward(
         rstd = rstd.to(acc).contiguous()
     if mean is not None and (mean.dtype != acc or not mean.is_contiguous()):
         mean = mean.to(acc).contiguous()
-    weight = contiguous(weight)
+    weight = _parameter(weight, dtype)
     dx = _empty_rows(total) if needs[0] else None
     gradients = [rstd.new_empty(size, dtype=narrow or acc) if need else None for need in needs[1:]]
     rows, device = rstd.numel(), total.get_device()

@@ -45,6 +45,42 @@ def _scaled_and_shifted(
 
 
 @triton.jit
+def _exchanged(kept, bits, next_bits, block, KEPT: tl.constexpr):
+    """What is kept of that block, else `bits`; and what is kept when `next_bits` are in its place."""
+    part = tl.arange(0, triton.next_power_of_2(KEPT))[:, None]
+    for number in tl.static_range(KEPT):
+        if block == number:  # the comparisons below are the compiler's: a part is a set of registers
+            bits = tl.reduce(tl.where(part == number, kept, 0), 0, _either)[None, :]
+            kept = tl.where(part == number, next_bits, kept)
+    return bits, kept
+
+
+@triton.jit
+def _measured(
+    x, first, origin, lane_mean, sum_dd, block, inside, CENTERED: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The lanes' means about the origin, and sums of squares about them, with another block of the row (Welford).
+
+    The origin is the mean of the row's first block, so that nothing is lost at a large mean; it is taken about the
+    first element, which is exact for a constant row.
+    """
+    if CENTERED:
+        if block == 0:
+            origin = first + tl.sum(tl.sum(x - first, 1), 0) * (1.0 / BLOCK_D)
+            origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
+        d = x - origin
+        off = d - lane_mean
+        if D % BLOCK_D != 0:
+            off = tl.where(inside, off, 0.0)
+        lane_mean += off * (tl.full((), 1.0, ACC) / (block + 1))
+        sum_dd += off * (d - lane_mean)
+    else:
+        sum_dd += x * x
+    return origin, lane_mean, sum_dd
+
+
+@triton.jit
 def _merged(lane_mean, sum_dd, CENTERED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Mean, and mean square of deviations, of a row out of its lanes' means and sums of squares about them."""
     INVERSE: tl.constexpr = 1.0 / D
@@ -91,6 +127,23 @@ def _row_that_overflows(
         tl.store(mean_ptr + row, mean / SCALE)
 
 
+@triton.jit
+def _rows_that_overflow(
+    from_ptr, rows, inner, outer_stride, inner_stride, TWO_AXES: tl.constexpr, weight_ptr, bias_ptr, out_ptr, mean_ptr,
+    rstd_ptr, EPS: tl.constexpr, OFFSET: tl.constexpr, CENTERED: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Those of the program's rows whose rstd says so: 1 / sqrt(infinity), or NaN."""
+    tl.debug_barrier()  # rstd, and the total, are read back by other threads than wrote them
+    for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=1):
+        row = tl.full((), 0, tl.int64) + number
+        rstd = tl.load(rstd_ptr + row)
+        if (rstd > 0.0) == 0:
+            _row_that_overflows(from_ptr, row, inner, outer_stride, inner_stride, TWO_AXES, weight_ptr, bias_ptr,
+                                out_ptr, mean_ptr, rstd_ptr, EPS, OFFSET, CENTERED, SCALE, ACC, D,
+                                BLOCK_D)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "x_inner", "residual_inner"])
 def long_forward_kernel(
     x_ptr,
@@ -130,7 +183,6 @@ def long_forward_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK_D)[None, :]
-    part = tl.arange(0, triton.next_power_of_2(KEPT))[:, None]
     kept = tl.zeros([triton.next_power_of_2(KEPT), BLOCK_D], BITS)
     lane_mean = tl.zeros([1, BLOCK_D], ACC)
     sum_dd = tl.zeros([1, BLOCK_D], ACC)
@@ -172,25 +224,10 @@ def long_forward_kernel(
             else:
                 from_start = total_ptr + row * D
             bits = tl.load(from_start + cols, mask=again, other=0.0).to(ACC).to(BITS, bitcast=True)
-        next_bits = next_x.to(BITS, bitcast=True)
-        for number in tl.static_range(KEPT):
-            if block == number:  # the comparisons below are the compiler's: a part is a set of registers
-                bits = tl.reduce(tl.where(part == number, kept, 0), 0, _either)[None, :]
-                kept = tl.where(part == number, next_bits, kept)
-        if CENTERED:
-            # Welford's way in every lane, about the mean of the first block: nothing is lost at a large mean. That mean
-            # is taken about the first element, which is exact for a constant row.
-            if block == 0:
-                origin = next_first + tl.sum(tl.sum(next_x - next_first, 1), 0) * (1.0 / BLOCK_D)
-                origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
-            d = next_x - origin
-            off = d - lane_mean
-            if D % BLOCK_D != 0:
-                off = tl.where(inside, off, 0.0)
-            lane_mean += off * (tl.full((), 1.0, ACC) / (block + 1))
-            sum_dd += off * (d - lane_mean)
-        else:
-            sum_dd += next_x * next_x
+        bits, kept = _exchanged(kept, bits, next_x.to(BITS, bitcast=True), block, KEPT)
+        origin, lane_mean, sum_dd = _measured(
+            next_x, next_first, origin, lane_mean, sum_dd, block, inside, CENTERED, ACC, D, BLOCK_D
+        )
         out = bits.to(ACC, bitcast=True)
         if CENTERED:
             out = (out - mean) - rest  # one by one: their sum would be rounded
@@ -214,15 +251,10 @@ def long_forward_kernel(
             sum_dd = tl.zeros([1, BLOCK_D], ACC)
     if SCALE != 0.0:
         if overflown == 1:
-            tl.debug_barrier()  # rstd, and the total, are read back by other threads than wrote them
-            for number in tl.range(program, rows, programs, num_stages=1):
-                row = tl.full((), 0, tl.int64) + number
-                rstd = tl.load(rstd_ptr + row)
-                if (rstd > 0.0) == 0:  # 1 / sqrt(infinity), or NaN
-                    if residual_ptr is None:
-                        _row_that_overflows(x_ptr, row, x_inner, x_outer_stride, x_inner_stride, X_TWO_AXES, weight_ptr,
-                                            bias_ptr, out_ptr, mean_ptr, rstd_ptr, EPS, OFFSET, CENTERED, SCALE, ACC,
-                                            D, BLOCK_D)  # fmt: skip
-                    else:
-                        _row_that_overflows(total_ptr, row, 1, 0, D, False, weight_ptr, bias_ptr, out_ptr, mean_ptr,
-                                            rstd_ptr, EPS, OFFSET, CENTERED, SCALE, ACC, D, BLOCK_D)  # fmt: skip
+            if residual_ptr is None:
+                _rows_that_overflow(x_ptr, rows, x_inner, x_outer_stride, x_inner_stride, X_TWO_AXES, weight_ptr,
+                                    bias_ptr, out_ptr, mean_ptr, rstd_ptr, EPS, OFFSET, CENTERED, SCALE, ACC, D,
+                                    BLOCK_D)  # fmt: skip
+            else:
+                _rows_that_overflow(total_ptr, rows, 1, 0, D, False, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr,
+                                    EPS, OFFSET, CENTERED, SCALE, ACC, D, BLOCK_D)  # fmt: skip

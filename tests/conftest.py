@@ -35,6 +35,7 @@ if "NORMKIT_TEST_CORE" in os.environ:
     _load_core(Path(os.environ["NORMKIT_TEST_CORE"]))
 
 import normkit  # noqa: E402
+import test_triton_interpreted  # noqa: E402
 from normkit.kernels import cpu  # noqa: E402
 
 settings.register_profile(
@@ -53,6 +54,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header() -> str:
     return "normkit: " + "; ".join(str(reason) for reason in normkit.reasons())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The longest test has a core to itself meanwhile; a worker of xdist begins it when its turn comes."""
+    config = session.config
+    if config.option.collectonly or hasattr(config, "workerinput") or importlib.util.find_spec("triton") is None:
+        return
+    if any(item.path.name == "test_triton_interpreted.py" for item in session.items):
+        config.stash[test_triton_interpreted.BEGUN] = test_triton_interpreted.begin()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    begun = session.config.stash.get(test_triton_interpreted.BEGUN, None)
+    if begun is not None and begun.process.poll() is None:
+        begun.process.kill()
+        begun.process.wait()
+        begun.output.close()
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -100,6 +100,8 @@ def test_rows_too_long_for_the_chip_are_right(
     name: str, size: int, backward: str, monkeypatch: pytest.MonkeyPatch, long_rows: None
 ) -> None:
     if backward == "by columns":
+        if INTERPRETED and name in ("rms_norm", "add_layer_norm"):
+            pytest.skip("the interpreter is slow, and the other two are the halves of this one")
         tile = launch.RowTile(1, 64, 1, stages=1, programs=2) if INTERPRETED else launch.RowTile(1, 1024, 4, 3, 8)
         monkeypatch.setattr(launch, "long_columns", lambda *_: tile)
         monkeypatch.setattr(launch, "rows_backward", lambda *_: replace(tile, stages=1, programs=0))
@@ -213,7 +215,10 @@ NOT_INTERPRETED = {"large mean", "total as stored", "large values", "a start unl
 def test_hard_values(name: str) -> None:
     if INTERPRETED and name in NOT_INTERPRETED:
         pytest.skip("its sizes or its bfloat16 are not for the interpreter")
-    checks.CHECKS[name](ours)
+    if INTERPRETED and name == "running statistics":
+        checks.check_running_statistics(ours, momentum=0.1, steps=5)  # of 20, which take half a minute
+    else:
+        checks.CHECKS[name](ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -93,14 +93,11 @@ def chosen(choice: Choice) -> Iterator[None]:
     """Launches are planned with the choice, whatever their size."""
     from normkit.kernels import triton_rows
 
-    plans = [triton_rows._forward_plan, triton_rows._backward_plan, triton_rows._means_plan, triton_rows._columns_plan]
     replaced = {"rows_forward": choice.tile, "rows_backward": choice.tile, "long_columns": choice.columns}
     with mock.patch.multiple(launch, **{name: (lambda *_, tile=tile: tile) for name, tile in replaced.items()}):
-        for plan in plans:
-            plan.cache_clear()
+        triton_rows.forget_plans()
         yield
-    for plan in plans:
-        plan.cache_clear()
+    triton_rows.forget_plans()
 
 
 def launches(case: Case, choice: Choice, x: torch.Tensor, dout: torch.Tensor) -> Callable[[], None]:
@@ -221,7 +218,9 @@ def main() -> None:
         result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         environment = {key: value for key, value in gpu.environment().items() if key not in ("rounds", "calls")}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**replaced(result, rows), "long_rows": environment}) + "\n")
+        partial = arguments.out.with_name(arguments.out.name + ".partial")
+        partial.write_text(json.dumps({**replaced(result, rows), "long_rows": environment}) + "\n")
+        partial.replace(arguments.out)
 
 
 if __name__ == "__main__":

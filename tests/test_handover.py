@@ -26,22 +26,27 @@ from tolerance import assert_same_bits
 F = torch.nn.functional
 
 
-@pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The x of every call that is handed to torch at once."""
+def seen_by(monkeypatch: pytest.MonkeyPatch, name: str) -> list[torch.Tensor]:
+    """The x of every call of that function of handover that torch computes, on CPU tensors that pass for a device's."""
     seen: list[torch.Tensor] = []
-    row_norm = handover.row_norm
+    function = getattr(handover, name)
 
     def spied(x: torch.Tensor, *rest: Any) -> Any:
-        pair = row_norm(x, *rest)
-        if pair is not None:
+        result = function(x, *rest)
+        if result is not None:
             seen.append(x)
-        return pair
+        return result
 
-    monkeypatch.setattr(handover, "row_norm", spied)
-    monkeypatch.setattr(backends, "norm_now", cpu._never)
+    monkeypatch.setattr(handover, name, spied)
+    monkeypatch.setattr(backends, f"{name.removeprefix('row_')}_now", cpu._never)
     monkeypatch.setattr(backends, "has_kernels", lambda device: device == -1)
     return seen
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The x of every row norm that is handed to torch at once."""
+    return seen_by(monkeypatch, "row_norm")
 
 
 def given(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,14 +188,6 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The x of every BatchNorm that is handed to torch; the launch that takes a guarded batch's statistics over is here
     a few operations of torch.
     """
-    seen: list[torch.Tensor] = []
-    batch_norm = handover.batch_norm
-
-    def spied(x: torch.Tensor, *rest: Any) -> Any:
-        out = batch_norm(x, *rest)
-        if out is not None:
-            seen.append(x)
-        return out
 
     def commit_running(*given: torch.Tensor | None) -> None:
         means, variances, running_mean, running_var, tracked, _ = given
@@ -204,11 +201,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
             if tracked is not None:
                 tracked.add_(1)
 
-    monkeypatch.setattr(handover, "batch_norm", spied)
-    monkeypatch.setattr(backends, "batch_norm_now", cpu._never)
-    monkeypatch.setattr(backends, "has_kernels", lambda device: device == -1)
     monkeypatch.setattr(backends.TRITON, "commit_running", commit_running, raising=False)
-    return seen
+    return seen_by(monkeypatch, "batch_norm")
 
 
 @pytest.mark.parametrize("training", [True, False])

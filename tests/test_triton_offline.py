@@ -90,6 +90,7 @@ MORE = {
     "bfloat16 with float32 gamma": rows(4096, BF16, True, wider=True),
     "float16": rows(1024, F16, True),
     "float64": rows(1024, F64, True),
+    **{f"{size} {str(dtype)[6:]}": rows(size, dtype, True) for size in LONG[1:] for dtype in (BF16, F32)},
     "layer_norm 16384 bfloat16 with float32 gamma": rows(16384, BF16, True, wider=True),
     "layer_norm 40000 float16": rows(40000, F16, True),
     "rms_norm 32768 float32": rows(32768, F32, False),
@@ -126,8 +127,7 @@ VECTORS = (
 
 def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyPatch, wide: bool = True) -> None:
     monkeypatch.setattr(triton_rows, "shared_bytes", lambda _: SHARED_BYTES[capability])  # what stages depend on
-    for plan in (triton_rows._forward_plan, triton_rows._backward_plan):
-        plan.cache_clear()
+    triton_rows.forget_plans()
     for launch in launches(monkeypatch, call):
         name = launch.kernel.__name__
         found = compiled(launch, capability)

@@ -69,11 +69,6 @@ def whole(
     batches, on the device.
     """
     x, weight, bias, mask = given
-    rest = (weight, bias, training, momentum, eps, guarded, tracked, refused)
-    if mask is None and not torch.compiler.is_compiling():
-        handed = handover.batch_norm_now(x, running_mean, running_var, *rest)
-        if handed is not None:
-            return handed
     if not x.is_cuda and not backends.interpreted():
         return None
     values = x.shape[0] * x.shape[2:].numel()
@@ -84,6 +79,7 @@ def whole(
     if any(buffer is not None and not buffer.is_contiguous() for buffer in (running_mean, running_var)):
         return None
     if mask is None:
+        rest = (weight, bias, training, momentum, eps, guarded, tracked, refused)
         handed = handover.batch_norm(x, running_mean, running_var, *rest)
         if handed is not None:
             return handed

@@ -11,17 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.row_kernels import _dx, _gain, _start, _sum_of_two, _xhat
-
-
-@triton.jit
-def _statistics_at(mean_ptr, rstd_ptr, row, rows, CENTERED: tl.constexpr):
-    """mean (zero where there is none) and rstd of a row that may lie beyond the last."""
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    mean = rstd * 0.0
-    if CENTERED:
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-    return mean, rstd
+from normkit.kernels.row_kernels import _dx, _gain, _start, _statistics_at, _step, _sum_of_two, _xhat
 
 
 @triton.jit
@@ -89,11 +79,7 @@ def long_backward_kernel(
     next_mean, next_rstd = _statistics_at(mean_ptr, rstd_ptr, program, rows, CENTERED)
     later_mean, later_rstd = _statistics_at(mean_ptr, rstd_ptr, program + programs, rows, CENTERED)
     for step in tl.range(0, (tl.cdiv(rows - program, programs) + 1) * BLOCKS, num_stages=STAGES):
-        block = step % BLOCKS
-        next_row = program + (tl.full((), 0, tl.int64) + step // BLOCKS) * programs
-        row = next_row - programs
-        cols = block * BLOCK_D + lanes
-        inside = cols < D
+        block, next_row, row, cols, inside = _step(step, lanes, D, BLOCK_D)
         ahead = inside & (next_row < rows)
         here = inside & (row >= 0)
         dout_at = dout_ptr + _start(next_row, dout_inner, dout_outer_stride, dout_inner_stride, DOUT_TWO_AXES)

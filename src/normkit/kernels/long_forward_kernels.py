@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.row_kernels import _gain, _reciprocal_root, _rescaled_root, _start, _with_rest
+from normkit.kernels.row_kernels import _gain, _reciprocal_root, _rescaled_root, _start, _step, _with_rest
 
 
 @triton.jit
@@ -200,11 +200,7 @@ def long_forward_kernel(
                               start < rows, ACC).to(ACC)  # fmt: skip
     overflown = 0
     for step in tl.range(0, (tl.cdiv(rows - program, programs) + 1) * BLOCKS, num_stages=STAGES):
-        block = step % BLOCKS
-        next_row = program + (tl.full((), 0, tl.int64) + step // BLOCKS) * programs
-        row = next_row - programs
-        cols = block * BLOCK_D + lanes
-        inside = cols < D
+        block, next_row, row, cols, inside = _step(step, lanes, D, BLOCK_D)
         ahead = inside & (next_row < rows)
         here = inside & (row >= 0)
         stored = _stored(x_ptr, residual_ptr, next_row, x_inner, x_outer_stride, x_inner_stride, residual_inner,

@@ -83,6 +83,28 @@ def _rescaled_root(square, scale, EPS: tl.constexpr):
     return tl.where(square > 0.0, scaled, tl.where(square == 0.0, alone, square))
 
 
+@triton.jit
+def _statistics_at(mean_ptr, rstd_ptr, row, rows, CENTERED: tl.constexpr):
+    """mean (zero where there is none) and rstd of rows that may lie beyond the last."""
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    mean = rstd * 0.0
+    if CENTERED:
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+    return mean, rstd
+
+
+@triton.jit
+def _step(step, lanes, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a program that goes through long rows block by block: the block, its row, the program's row before that, the
+    columns and which of them are in a row.
+    """
+    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    block = step % BLOCKS
+    row = tl.program_id(0) + (tl.full((), 0, tl.int64) + step // BLOCKS) * tl.num_programs(0)
+    cols = block * BLOCK_D + lanes
+    return block, row, row - tl.num_programs(0), cols, cols < D
+
+
 # ------------------------------------------------------------------------------------------------ rows on chip
 
 
@@ -291,18 +313,12 @@ def backward_kernel(
     dbias = tl.zeros([ROWS, BLOCK_D], ACC)
     # a row's statistics are fetched one tile ahead: the loads that the compiler pipelines are those of whole tiles
     ahead = lanes + program * ROWS
-    next_rstd = tl.load(rstd_ptr + ahead, mask=ahead < rows, other=0.0)
-    next_mean = next_rstd
-    if CENTERED:
-        next_mean = tl.load(mean_ptr + ahead, mask=ahead < rows, other=0.0)
+    next_mean, next_rstd = _statistics_at(mean_ptr, rstd_ptr, ahead, rows, CENTERED)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         row = lanes + tile * ROWS
         valid = inside & (row < rows)[:, None]
         rstd, mean = next_rstd[:, None], next_mean[:, None]
-        ahead = row + programs * ROWS
-        next_rstd = tl.load(rstd_ptr + ahead, mask=ahead < rows, other=0.0)
-        if CENTERED:
-            next_mean = tl.load(mean_ptr + ahead, mask=ahead < rows, other=0.0)
+        next_mean, next_rstd = _statistics_at(mean_ptr, rstd_ptr, row + programs * ROWS, rows, CENTERED)
         start = _start(row, total_inner, total_outer_stride, total_inner_stride, TOTAL_TWO_AXES)
         total_at = total_ptr + start[:, None] + cols
         xhat = _xhat(total_at, valid, mean, rstd, CENTERED, ACC, D == BLOCK_D)

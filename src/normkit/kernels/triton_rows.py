@@ -173,6 +173,12 @@ def _sum_plan(size: int, device: int) -> _Plan:
     return _Plan(tile, Launcher(sum_kernel, (size, tile.block, tile.rows), tile.warps), device, 0)
 
 
+def forget_plans() -> None:
+    """Calls plan their launches anew: for who tries other tiles than `launch` chooses."""
+    for plan in (_forward_plan, _backward_plan, _means_plan, _columns_plan, _sum_plan):
+        plan.cache_clear()
+
+
 def rows_backward(
     dout: Tensor,
     dtotal: Tensor | None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normkit import _checks, functional, ranks
+from normkit.functional import handover
 from normkit.functional.calls import apart
 from normkit.functional.channel_steps import Given, at_once, known, whole
 from normkit.functional.masks import Lengths
@@ -133,7 +134,11 @@ class _BatchNorm(RunningStatistics):
         device = given.x.device
         refused = self.refused_on(device) if guarded and device.type != "cpu" else None
         tracked = self.num_batches_tracked if tracking else None
-        return whole(given, means, variances, own, weight, self.eps, guarded, tracked, refused)
+        rest = (own, weight, self.eps, guarded, tracked, refused)
+        handed = None
+        if not torch.compiler.is_compiling():
+            handed = handover.batch_norm_now(given.x, means, variances, given.weight, given.bias, *rest)
+        return whole(given, means, variances, *rest) if handed is None else handed
 
     def _with_running(self, x: Tensor, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
         return functional.batch_norm(

@@ -71,10 +71,30 @@ def test_channel_tiles_are_powers_of_two(channels: int, space: int, itemsize: in
         assert tile.block_c * tile.block_s <= 4096
 
 
-@pytest.mark.parametrize(("grid", "blocks", "programs"), [(1, 1, 528), (16, 1024, 528), (1000, 7, 528), (3, 100, 12)])
+def test_short_lines_of_many_channels_and_samples_go_by_planes() -> None:
+    assert launch.planes(256, 512, 49, 4)
+    assert launch.planes(256, 512, 49, 2)
+    assert launch.planes(64, 512, 49, 4)
+    assert not launch.planes(64, 512, 49, 2)  # the planes' sums would be much beside what is summed
+    assert not launch.planes(256, 512, 64, 4)  # lines begin at 16 bytes
+    assert not launch.planes(256, 511, 49, 4)  # rows would not
+    assert not launch.planes(256, 64, 49, 4)
+    assert not launch.planes(256, 64, 3135, 4)
+    assert not launch.planes(256, 8192, 1, 4)  # already are
+
+
+def test_parts_that_one_program_would_read_too_long_are_merged_first() -> None:
+    assert not launch.merged_first(33, 1, 64)  # (256, 64, 56, 56) on 132 multiprocessors
+    assert not launch.merged_first(9, 1, 256)
+    assert launch.merged_first(66, 1, 512)  # (256, 512, 7, 7) in channels-last
+    assert launch.merged_first(1, 49, 512)
+
+
+@pytest.mark.parametrize(("grid", "blocks", "programs"), [(1, 1, 528), (16, 1024, 528), (64, 448, 528), (1000, 7, 528), (3, 100, 12)])
 def test_splits_share_blocks_that_exist(grid: int, blocks: int, programs: int) -> None:
     splits = launch.splits(grid, blocks, programs)
     assert 1 <= splits <= blocks
+    assert splits == 1 or grid * splits <= programs
     block_p, block_c = launch.merging(splits)
     assert block_p * block_c >= 512
 

@@ -259,6 +259,69 @@ def test_masked_batch_norm_reads_no_invalid_position(layout: str, mode: str) -> 
     assert float((var.double() - ones).abs().max()) < 1e-6
 
 
+SMALL_MAPS = (70, 10, 3, 3) if INTERPRETED else (256, 512, 7, 7)  # more planes than a tile has, and samples
+
+
+@pytest.fixture
+def planes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter goes through small tensors by planes too."""
+    from normkit.kernels import triton_channels
+
+    plans = (triton_channels._reduction_plan, triton_channels._affine_plan)
+    for plan in plans:
+        plan.cache_clear()
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "planes", lambda batch, channels, space, itemsize: space > 1)
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+def by_sample_only(values: torch.Tensor) -> torch.Tensor:
+    """Samples with something between them: dense within each."""
+    return torch.cat([values, torch.full_like(values, torch.nan)], 1)[:, : values.shape[1]]
+
+
+@dtypes
+@pytest.mark.parametrize("norm", CHANNELS[:3], ids=str)
+def test_small_maps_by_planes_are_as_exact_as_torchs(norm: Norm, dtype: torch.dtype, planes: None) -> None:
+    if INTERPRETED and dtype != torch.float32 and norm is not CHANNELS[0]:
+        pytest.skip("the interpreter is slow, and the first norm does all that the others do")
+    checks.check_values(ours, norm, SMALL_MAPS, dtype)
+    checks.check_gradients(ours, norm, SMALL_MAPS, dtype)
+
+
+def test_samples_of_small_maps_may_lie_apart_and_move_running_statistics(planes: None) -> None:
+    from normkit.kernels import triton_channels
+
+    x = moved(by_sample_only(normal(SMALL_MAPS, 5) * 3 + 1).float())
+    channels, space = SMALL_MAPS[1], SMALL_MAPS[2] * SMALL_MAPS[3]
+    found = triton_channels.partial_moments(x.flatten(2), False, None, False)
+    assert found.shape[2:] == (channels, space)
+    statistics = {"ours": [torch.zeros(channels), torch.ones(channels)]}
+    statistics["exact"] = [each.double() for each in statistics["ours"]]
+    out = ours.batch_norm(x, *statistics["ours"], training=True)
+    exact = torch.nn.functional.batch_norm(x.cpu().double(), *statistics["exact"], training=True)
+    assert float((out.double() - exact).abs().max()) < 1e-6
+    for mine, theirs in zip(*statistics.values(), strict=True):
+        assert float((mine.double() - theirs).abs().max()) < 1e-6
+    mask = torch.rand((SMALL_MAPS[0], *SMALL_MAPS[2:])) > 0.5  # has a byte for each position: not by planes
+    masked = ours.batch_norm(x, None, None, training=True, mask=moved(mask)).movedim(1, -1)[mask].double()
+    exact = torch.nn.functional.batch_norm(x.cpu().movedim(1, -1)[mask].double(), None, None, training=True)
+    assert float((masked - exact).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["misaligned"] if INTERPRETED else LAYOUTS)
+def test_small_maps_in_every_layout(layout: str, planes: None) -> None:
+    checks.check_values(ours, CHANNELS[0], SMALL_MAPS, torch.float32, layout)
+    checks.check_gradients(ours, CHANNELS[0], SMALL_MAPS, torch.float32, layout)
+
+
+def test_many_parts_are_merged_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "merged_first", lambda *_: True)
+    checks.check_values(ours, CHANNELS[0], (20, 37, 80), torch.float32)
+
+
 def layer(**policies: Any) -> normkit.BatchNorm1d:
     return normkit.BatchNorm1d(5, **policies).to(DEVICE)
 

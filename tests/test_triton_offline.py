@@ -109,12 +109,12 @@ LONG_ROWS = {
 }
 BATCH_NORMS = {
     f"{shape} {str(dtype)[6:]}{' channels-last' * last}{' masked' * masked}": batch_norm(shape, dtype, last, masked)
-    for shape, dtypes in (((8, 64, 3136), (BF16, F32)), ((8, 512, 64), (BF16,)))
+    for shape, dtypes in (((8, 64, 3136), (BF16, F32)), ((8, 512, 64), (BF16,)), ((256, 512, 49), (BF16, F32)))
     for dtype in dtypes
     for last in (False, True)
     for masked in (False, True)
 }
-SCALARS = {"moments_kernel": 16}  # bytes: what its outer loop keeps while a pass runs, nothing of a tile
+SCALARS = {"moments_kernel": 20}  # bytes: what its outer loop keeps while a pass runs, nothing of a tile
 VECTORS = (
     "merge_kernel",
     "sums_kernel",
@@ -133,7 +133,7 @@ def check(call: Callable[[], None], capability: int, monkeypatch: pytest.MonkeyP
         found = compiled(launch, capability)
         what = f"{name} {launch.options} on sm_{capability}: {found.registers} registers"
         allowed = SCALARS.get(name, 0)
-        assert found.spill_bytes <= allowed or name in VECTORS, f"{what}, {found.spill_bytes} bytes spilled"
+        assert found.spill_bytes <= allowed, f"{what}, {found.spill_bytes} bytes spilled"
         assert found.shared_bytes <= SHARED_BYTES[capability], f"{what}, {found.shared_bytes} bytes shared"
         if name not in VECTORS and wide:
             assert found.widest_load_bits == 128, f"{what}, loads of {found.widest_load_bits} bits"

@@ -2,7 +2,7 @@
 
 Here: `finish_forward_kernel`, `commit_kernel`, `stored_kernel` (with running statistics), `finish_backward_kernel`.
 Formulas are those of statistics.py and autograd.py, in float64.
-May import: triton, channel_kernels.
+May import: triton, merge_kernels.
 Read next: triton_batch_norm.py, who launches.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.channel_kernels import merged_moments, merged_sums
+from normkit.kernels.merge_kernels import merged_moments, merged_sums
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def finish_forward_kernel(
     for begin in tl.range(0, C, BLOCK_C):
         at = begin + tl.arange(0, BLOCK_C)
         inside = at < C
-        n, mean, m2 = merged_moments(partial_ptr, splits, C, at, BLOCK_P)
+        n, mean, m2 = merged_moments(partial_ptr, splits, C, 1, at, BLOCK_P)
         rstd = 1.0 / tl.sqrt(m2 / tl.where(n > 0.0, n, 1.0) + EPS)
         rstd = tl.where(n > 0.0, rstd, 0.0)
         number = tl.max(n, 0)
@@ -91,7 +91,7 @@ def finish_forward_kernel(
             for begin in tl.range(0, C, BLOCK_C):
                 at = begin + tl.arange(0, BLOCK_C)
                 inside = at < C
-                n, mean, m2 = merged_moments(partial_ptr, splits, C, at, BLOCK_P)
+                n, mean, m2 = merged_moments(partial_ptr, splits, C, 1, at, BLOCK_P)
                 variance = m2 / tl.where(n > 1.0, n - 1.0, 1.0)
                 _moved(running_mean_ptr, at, inside, mean, momentum, (n > 1.0) & (fine == 1))
                 _moved(running_var_ptr, at, inside, variance, momentum, (n > 1.0) & (fine == 1))
@@ -158,7 +158,7 @@ def stored_kernel(
 
 @triton.jit(do_not_specialize=["splits", "count"])
 def finish_backward_kernel(
-    partial_ptr,  # (2, splits, C)
+    partial_ptr,  # (2, splits, C, planes)
     mean_ptr,
     rstd_ptr,
     weight_ptr,
@@ -170,6 +170,7 @@ def finish_backward_kernel(
     dbias_ptr,
     splits,
     C,
+    planes,
     count,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -178,7 +179,7 @@ def finish_backward_kernel(
     """`autograd.channel_gradients` between its two passes."""
     at = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = at < C
-    sum_d, sum_dx = merged_sums(partial_ptr, splits, C, at, BLOCK_P)
+    sum_d, sum_dx = merged_sums(partial_ptr, splits, C, planes, at, BLOCK_P)
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0).to(tl.float64)
     rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0).to(tl.float64)
     drift = mean - mean.to(ACC).to(tl.float64)

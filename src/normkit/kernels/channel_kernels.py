@@ -1,27 +1,21 @@
 """Triton kernels of the channels family: moments and the affine step, forward and backward, for both memory formats.
 
-Here: `moments_kernel`, `affine_kernel`, `backward_moments_kernel`, `backward_affine_kernel`. A program takes a block of
-channels and, of the positions (B samples times S), blocks of BLOCK_S; each block lies within a sample.
+Here: `moments_kernel`, `affine_kernel`, `backward_moments_kernel`. A program takes a block of channels and, of the
+positions (B samples times S), blocks of BLOCK_S; each block lies within a sample.
 May import: triton.
-Read next: triton_channels.py, from tensors to launches.
+Read next: merge_kernels.py, which merges what programs found; triton_channels.py, from tensors to launches.
 
 Strides and sizes come in units of UNIT elements, a power of two that divides all of them, so that the compiler sees
 how addresses are aligned: it knows of a run-time integer only whether 16 divides it.
+
+Where small maps are gone through as planes (`launch.planes`), what is called a channel here is one plane of a channel:
+one of its positions in all samples. `planes` of them share what the vectors of channels hold.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _pooled(n, mean, m2, other_n, other_mean, other_m2):
-    """Two parts' counts, means and sums of squared deviations as one, by Chan's formula."""
-    count = n + other_n
-    weight = other_n / tl.where(count > 0.0, count, 1.0)
-    delta = other_mean - mean
-    return count, mean + delta * weight, m2 + other_m2 + delta * delta * n * weight
 
 
 @triton.jit
@@ -196,38 +190,6 @@ def moments_kernel(
 
 
 @triton.jit
-def merged_moments(partial_ptr, splits, units, unit, BLOCK_P: tl.constexpr):
-    """count, mean and m2 of `unit` over all splits, in their order, by Chan's formula in float64."""
-    n = tl.sum(tl.zeros([BLOCK_P, unit.shape[0]], tl.float64), 0)
-    mean, m2 = n, n
-    lanes = tl.arange(0, BLOCK_P)
-    step = splits.to(tl.int64) * units
-    for start in tl.range(0, splits, BLOCK_P):
-        split = (start + lanes)[:, None]
-        valid = (split < splits) & (unit < units)[None, :]
-        at = partial_ptr + split.to(tl.int64) * units + unit[None, :]
-        other_n, other_mean, other_m2 = tl.reduce(
-            (
-                tl.load(at, mask=valid, other=0.0),
-                tl.load(at + step, mask=valid, other=0.0),
-                tl.load(at + 2 * step, mask=valid, other=0.0),
-            ),
-            0,
-            _pooled,
-        )
-        n, mean, m2 = _pooled(n, mean, m2, other_n, other_mean, other_m2)
-    return n, mean, m2
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(partial_ptr, mean_ptr, m2_ptr, splits, units, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr):
-    unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    _, mean, m2 = merged_moments(partial_ptr, splits, units, unit, BLOCK_P)
-    tl.store(mean_ptr + unit, mean, mask=unit < units)
-    tl.store(m2_ptr + unit, m2, mask=unit < units)
-
-
-@triton.jit
 def _place(index, blocks_c, blocks_s, CHANNELS_LAST: tl.constexpr):
     """Sample, block of channels and block of positions of a program, in the order of memory."""
     sample = index // (blocks_c * blocks_s)
@@ -246,7 +208,7 @@ def affine_kernel(
     x_ptr,
     x2_ptr,  # None, or x of backward, where x_ptr is dout
     mask_ptr,
-    center_ptr,  # (C,) or (B, C), as are the others
+    center_ptr,  # (C / planes,) or (B, C), as are the others
     a_ptr,
     b_ptr,
     c_ptr,
@@ -264,6 +226,7 @@ def affine_kernel(
     oc_units,
     os_units,
     vector_stride,  # from sample to sample: 0 or C
+    planes,
     BACKWARD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
@@ -287,7 +250,7 @@ def affine_kernel(
     present = c < C
     inside = s < S
     valid = present[:, None] & inside[None, :]
-    at = (tl.full((), 0, tl.int64) + sample) * vector_stride + c
+    at = (tl.full((), 0, tl.int64) + sample) * vector_stride + c // planes
     a = tl.load(a_ptr + at, mask=present, other=0.0)[:, None]
     x = tl.load(
         _tile(x_ptr, sample, c, s, xb_units * UNIT_B, xc_units * UNIT_C, xs_units * UNIT_SS), mask=valid, other=0.0
@@ -334,7 +297,7 @@ def backward_moments_kernel(
     dout_ptr,
     x_ptr,
     mask_ptr,
-    center_ptr,  # (C,) or (B, C)
+    center_ptr,  # (C / planes,) or (B, C)
     partial_ptr,  # (2, splits, units): sums of dout and of dout * (x - center); float64
     B,
     C,
@@ -347,6 +310,7 @@ def backward_moments_kernel(
     xs_units,
     splits,
     units,
+    planes,
     PER_SAMPLE: tl.constexpr,
     ACC: tl.constexpr,
     UNIT_S: tl.constexpr,
@@ -368,7 +332,7 @@ def backward_moments_kernel(
     if not PER_SAMPLE:
         sample_begin = 0
         samples = B
-    center = tl.load(center_ptr + sample_begin * C + c, mask=present, other=0.0).to(ACC)
+    center = tl.load(center_ptr + sample_begin * C + c // planes, mask=present, other=0.0).to(ACC)
     sum_d = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     sum_dx = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     whole = S // BLOCK_S
@@ -384,26 +348,3 @@ def backward_moments_kernel(
     to = partial_ptr + (tl.full((), 0, tl.int64) + split) * units + sample_begin * C + c
     tl.store(to, tl.sum(sum_d, 1).to(tl.float64), mask=present)
     tl.store(to + splits.to(tl.int64) * units, tl.sum(sum_dx, 1).to(tl.float64), mask=present)
-
-
-@triton.jit
-def merged_sums(partial_ptr, splits, units, unit, BLOCK_P: tl.constexpr):
-    """Both sums of `unit` over all splits."""
-    sum_d = tl.zeros([BLOCK_P, unit.shape[0]], tl.float64)
-    sum_dx = tl.zeros([BLOCK_P, unit.shape[0]], tl.float64)
-    lanes = tl.arange(0, BLOCK_P)
-    for start in tl.range(0, splits, BLOCK_P):
-        split = (start + lanes)[:, None]
-        valid = (split < splits) & (unit < units)[None, :]
-        at = partial_ptr + split.to(tl.int64) * units + unit[None, :]
-        sum_d += tl.load(at, mask=valid, other=0.0)
-        sum_dx += tl.load(at + splits.to(tl.int64) * units, mask=valid, other=0.0)
-    return tl.sum(sum_d, 0), tl.sum(sum_dx, 0)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def sums_kernel(partial_ptr, sum_d_ptr, sum_dx_ptr, splits, units, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr):
-    unit = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    sum_d, sum_dx = merged_sums(partial_ptr, splits, units, unit, BLOCK_P)
-    tl.store(sum_d_ptr + unit, sum_d, mask=unit < units)
-    tl.store(sum_dx_ptr + unit, sum_dx, mask=unit < units)

@@ -26,6 +26,7 @@ class Lines(NamedTuple):
     space: int
     channels_last: bool
     folded: bool  # samples follow each other like positions, and are taken for them
+    planes: int = 1  # positions of a channel that are taken for channels
 
 
 def in_lines(x: Tensor) -> tuple[Tensor, bool]:
@@ -58,9 +59,16 @@ def empty(like: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
-def geometry(shape: Shape, of_strides: tuple[Strides, ...], channels_last: bool, foldable: bool) -> Lines:
-    """Of tensors of one shape and format; samples are folded into space where all of them allow it."""
+def geometry(
+    shape: Shape, of_strides: tuple[Strides, ...], channels_last: bool, foldable: bool, planes: bool = False
+) -> Lines:
+    """Of tensors of one shape and format; samples are folded into space where all of them allow it.
+
+    With `planes`, and where it can be, every position of a sample is a channel of its own, and samples are positions.
+    """
     batch, channels, space = shape
+    if planes and all((by_channel, by_position) == (space, 1) for _, by_channel, by_position in of_strides):
+        return Lines(1, channels * space, batch, True, True, space)
     if foldable and channels_last:
         if space == 1:
             return Lines(1, channels, batch, True, True)
@@ -72,6 +80,8 @@ def geometry(shape: Shape, of_strides: tuple[Strides, ...], channels_last: bool,
 def strides(of: Strides, shape: Shape, lines: Lines) -> tuple[int, int, int]:
     """From sample to sample, channel to channel, position to position."""
     by_sample, by_channel, by_position = of
+    if lines.planes > 1:
+        return 0, 1, by_sample
     if lines.channels == 1:
         by_channel = 1
     if lines.folded:

@@ -152,6 +152,16 @@ class ChannelTile:
     stages: int = 1
     programs: int = 0  # of a reduction, per multiprocessor
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, as many as let all programs of a reduction be on their multiprocessor at once.
+
+        The compiler took 140 for moments of float32 (256, 64, 56, 56): 3 of 4 programs were there, the fourth waited,
+        and memory gave 3.3 TB/s where channels-last, with 128, had 3.9 (gpu_tiles.json). With 128 no tile of values
+        spills (test_triton_offline.py).
+        """
+        return min(255, 65536 // (self.programs * self.warps * 32))
+
 
 _WASTE = 0.15  # of a block's positions may lie beyond the last one
 
@@ -163,18 +173,18 @@ def affine(channels: int, space: int, channels_last: bool, itemsize: int) -> Cha
 
 
 def reduction(channels: int, space: int, channels_last: bool, itemsize: int) -> ChannelTile:
-    """For sums over (B, C, S): 16 elements a thread and three tiles on their way.
+    """For sums over (B, C, S): 16 elements a thread and three tiles on their way; all of 4 programs at once.
 
     Of eight tiles tried on an H200 (benchmarks/results/gpu_tiles.json), at three shapes in two dtypes and both formats,
-    within 5 % of the fastest in 10 of 12 cells for moments and in 10 of 12 for backward's sums. Lines of whole dtypes
-    that do not begin at 16 bytes would be copied ahead 4 bytes at a time: moments of float32 (256, 512, 7, 7) took
-    120 us with tiles on their way, 40 without.
+    within 5 % of the fastest in 10 of 12 cells for moments and in 10 of 12 for backward's sums. Lines that do not
+    begin at 16 bytes are read element by element, each with an address of its own: 16 of them took 224 registers, so
+    two programs of 8 were there at once, and moments of (256, 512, 7, 7) took 40 us. So they have 8 a thread, which is
+    not measured; and in whole dtypes none on their way, which would be copied 4 bytes at a time (120 us).
     """
-    block_c, block_s = _blocks(2048, channels, space, channels_last, itemsize)
+    aligned = channels_last or space * itemsize % 16 == 0
+    block_c, block_s = _blocks(2048 if aligned else 1024, channels, space, channels_last, itemsize)
     warps = max(1, min(4, block_c * block_s // 256))
-    if itemsize >= 4 and not channels_last and space * itemsize % 16 != 0:
-        return ChannelTile(block_c, block_s, warps, stages=1, programs=8)
-    return ChannelTile(block_c, block_s, warps, stages=4, programs=4)
+    return ChannelTile(block_c, block_s, warps, stages=4 if aligned or itemsize < 4 else 1, programs=4)
 
 
 def _blocks(tile: int, channels: int, space: int, channels_last: bool, itemsize: int) -> tuple[int, int]:
@@ -194,12 +204,41 @@ def position_block(space: int) -> int:
     return block
 
 
+def planes(batch: int, channels: int, space: int, itemsize: int) -> bool:
+    """Whether samples (C, S), S positions of each channel on end, are gone through as rows of C * S planes.
+
+    Their sums, one for each plane and then over a channel's, read whole rows where a channel's line is short and begins
+    at no multiple of 16 bytes. For (256, 512, 7, 7) that is what channels-last memory does, whose moments took 13 us in
+    float32 and 20 in bfloat16, backward's sums 16 and 11, beside 40, 24, 20 and 15 by channels (gpu_tiles.json). The
+    limits are not measured: 48 bytes for each plane, written and read, are under a fifth of what its values have, and
+    the parts that one program merges are few.
+    """
+    if not 1 < space <= 256 or channels * space < 8192 or batch * itemsize < 256:
+        return False
+    return space * itemsize % 16 != 0 and channels * space * itemsize % 16 == 0
+
+
+def merged_first(splits: int, planes: int, channels: int) -> bool:
+    """Whether several programs merge the parts before one program does all that is left of BatchNorm's forward.
+
+    It takes up to 4096 parts in a step, and goes through them twice; other programs take more at once. Not measured.
+    """
+    return planes > 1 or splits * channels > 4096
+
+
 def splits(grid: int, blocks: int, programs: int) -> int:
-    """How many of the device's `programs` share a channel's `blocks`; `grid` of them do all channels once."""
-    return max(1, min(blocks, -(-programs // grid)))
+    """How many of the device's `programs` share a channel's `blocks`; `grid` of them do all channels once.
+
+    None waits for another to end: moments of bfloat16 (64, 256, 56, 56) by 576 programs, where 528 are there at once,
+    took 42 us, and of (256, 64, 56, 56), as many bytes by 528, 31 (gpu_tiles.json).
+    """
+    return max(1, min(blocks, programs // grid))
 
 
-def merging(splits: int, alone: bool = False) -> tuple[int, int]:
-    """How many splits and how many channels a program merges at a time; `alone`, it takes all channels in turn."""
-    block = min(power_of_two(splits), 64)
-    return block, max(1, (4096 if alone else 512) // block)
+def merging(parts: int, alone: bool = False) -> tuple[int, int]:
+    """How many parts and how many channels a program merges at a time; `alone`, it takes all channels in turn."""
+    if alone:
+        block = min(power_of_two(parts), 64)
+        return block, min(512, 4096 // block)
+    block = min(power_of_two(parts), 256)
+    return block, max(4, 512 // block)

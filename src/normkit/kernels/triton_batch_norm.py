@@ -1,4 +1,4 @@
-"""A whole BatchNorm in Triton: three launches forward, three backward.
+"""A whole BatchNorm in Triton: three launches forward, four where many parts are merged, and three backward.
 
 Here: `batch_norm_forward`, `batch_norm_with_running`, `batch_norm_backward`; `commit_running`, for a batch that torch
 normalized. By the primitives alone a dozen operations
@@ -23,7 +23,7 @@ from normkit.kernels.batch_norm_kernels import (
     stored_kernel,
 )
 from normkit.kernels.channel_lines import empty, in_layout, in_lines
-from normkit.kernels.triton_channels import affine, partial_moments, partial_sums
+from normkit.kernels.triton_channels import affine, merged_first, partial_moments, partial_sums
 from normkit.kernels.triton_run import ACCUMULATION, Launcher, contiguous, triton_dtype
 from normkit.reference import Count
 
@@ -74,7 +74,7 @@ def batch_norm_forward(
     """
     x, channels_last = in_lines(x)
     batch, channels, space = x.shape
-    partial = partial_moments(x, channels_last, mask, False)
+    partial = merged_first(partial_moments(x, channels_last, mask, False))
     center, scale, shift = torch.empty((3, channels), dtype=ACCUMULATION[x.dtype], device=x.device).unbind()
     mean, rstd = torch.empty((2, channels), dtype=torch.float64, device=x.device).unbind()
     count: Count = batch * space
@@ -151,15 +151,15 @@ def batch_norm_backward(
     if needs[1] or count is not None:
         partial = partial_sums(dout, x, center, channels_last, mask, False)
     else:
-        partial = torch.zeros((2, 1, channels), dtype=torch.float64, device=x.device)
-    splits = partial.shape[1]
-    block_p, block_c = launch.merging(splits)
+        partial = torch.zeros((2, 1, channels, 1), dtype=torch.float64, device=x.device)
+    _, splits, _, planes = partial.shape
+    block_p, block_c = launch.merging(splits * planes)
     counted = count if isinstance(count, Tensor) else None
     fixed = count is None
     pointers = (
         partial, mean, rstd, weight, counted, a, None if fixed else b, None if fixed else c, *gradients
     )  # fmt: skip
-    numbers = (splits, channels, count if isinstance(count, int) else 1)
+    numbers = (splits, channels, planes, count if isinstance(count, int) else 1)
     _backward_launcher(x.dtype, block_p, block_c).launch(x.get_device(), (-(-channels // block_c),), pointers, numbers)
     dx = None
     if needs[0]:

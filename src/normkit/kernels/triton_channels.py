@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from normkit.kernels import launch
-from normkit.kernels.channel_kernels import (
-    affine_kernel,
-    backward_moments_kernel,
-    merge_kernel,
-    moments_kernel,
-    sums_kernel,
+from normkit.kernels.channel_kernels import affine_kernel, backward_moments_kernel, moments_kernel
+from normkit.kernels.channel_lines import (
+    Lines,
+    Shape,
+    Strides,
+    empty,
+    geometry,
+    in_layout,
+    in_lines,
+    in_units,
+    strides,
 )
-from normkit.kernels.channel_lines import Shape, Strides, empty, geometry, in_layout, in_lines, in_units, strides
+from normkit.kernels.merge_kernels import merge_kernel, sums_kernel
 from normkit.kernels.triton_run import ACCUMULATION, SCALES, Launcher, multiprocessors, triton_dtype
 from normkit.reference import Count
 
@@ -34,7 +39,7 @@ class _Plan(NamedTuple):
     device: int
     grid: tuple[int, ...]
     numbers: tuple[int, ...]
-    partial: tuple[int, int, int]  # the shape of what reductions write: values, splits, units
+    partial: tuple[int, ...] = ()  # the shape of what reductions write: values, splits, units, planes
 
 
 def packed(mask: Tensor | None) -> Tensor | None:
@@ -51,6 +56,14 @@ def counted(x: Tensor, mask: Tensor | None, per_sample: bool) -> Count:
     return mask.sum(1, keepdim=True) if per_sample else mask.sum()
 
 
+def _lines(
+    shape: Shape, of_strides: tuple[Strides, ...], dtype: torch.dtype, channels_last: bool, shared: bool, masked: bool
+) -> Lines:
+    """How tensors are gone through; what is known of a channel is `shared` by all samples or not."""
+    planes = shared and not masked and not channels_last and launch.planes(*shape, dtype.itemsize)
+    return geometry(shape, of_strides, channels_last, shared, planes)
+
+
 @lru_cache(maxsize=1024)
 def _reduction_plan(
     kernel: Any,
@@ -59,28 +72,31 @@ def _reduction_plan(
     dtype: torch.dtype,
     channels_last: bool,
     per_sample: bool,
+    masked: bool,
     device: int,
 ) -> _Plan:
     """Of moments (3 values) of one tensor, or of both sums (2) of two."""
-    lines = geometry(shape, of_strides, channels_last, not per_sample)
-    tile = launch.reduction(lines.channels, lines.space, channels_last, dtype.itemsize)
+    lines = _lines(shape, of_strides, dtype, channels_last, not per_sample, masked)
+    tile = launch.reduction(lines.channels, lines.space, lines.channels_last, dtype.itemsize)
     samples = lines.batch if per_sample else 1
     blocks_c = -(-lines.channels // tile.block_c)
     blocks = -(-lines.space // tile.block_s) * (1 if per_sample else lines.batch)
     splits = launch.splits(blocks_c * samples, blocks, tile.programs * multiprocessors(device))
     units = lines.channels * samples
     taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
-    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units)
-    scale = (SCALES[dtype],) if kernel is moments_kernel else ()
+    moments = kernel is moments_kernel
+    planes = () if moments else (lines.planes,)
+    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, splits, units, *planes)
+    scale = (SCALES[dtype],) if moments else ()
     constants = (per_sample, *scale, triton_dtype(dtype), *taken.sizes, tile.block_c, tile.block_s, tile.stages)
-    launcher = Launcher(kernel, constants, tile.warps)
-    values = 3 if kernel is moments_kernel else 2
-    return _Plan(launcher, device, (blocks_c, splits, samples), numbers, (values, splits, units))
+    launcher = Launcher(kernel, constants, tile.warps, tile.registers)
+    partial = (3 if moments else 2, splits, units // lines.planes, lines.planes)
+    return _Plan(launcher, device, (blocks_c, splits, samples), numbers, partial)
 
 
 def partial_moments(x: Tensor, channels_last: bool, mask: Tensor | None, per_sample: bool) -> Tensor:
-    """count, mean and m2 (3, splits, units) of each program's share of x, which lies as `channels_last` says."""
-    of = (x.shape, (x.stride(),), x.dtype, channels_last, per_sample, x.get_device())
+    """count, mean and m2 (3, splits, units, planes) of each program's share of x, which lies as `channels_last` says."""
+    of = (x.shape, (x.stride(),), x.dtype, channels_last, per_sample, mask is not None, x.get_device())
     plan = _reduction_plan(moments_kernel, *of)
     partial = torch.empty(plan.partial, dtype=torch.float64, device=x.device)
     plan.launcher.launch(plan.device, plan.grid, (x, packed(mask), partial), plan.numbers)
@@ -90,8 +106,9 @@ def partial_moments(x: Tensor, channels_last: bool, mask: Tensor | None, per_sam
 def partial_sums(
     dout: Tensor, x: Tensor, center: Tensor, channels_last: bool, mask: Tensor | None, per_sample: bool
 ) -> Tensor:
-    """Sums of dout and of dout * (x - center) (2, splits, units) of each program's share."""
-    of = (x.shape, (dout.stride(), x.stride()), x.dtype, channels_last, per_sample, x.get_device())
+    """Sums of dout and of dout * (x - center) (2, splits, units, planes) of each program's share."""
+    both = (dout.stride(), x.stride())
+    of = (x.shape, both, x.dtype, channels_last, per_sample, mask is not None, x.get_device())
     plan = _reduction_plan(backward_moments_kernel, *of)
     partial = torch.empty(plan.partial, dtype=torch.float64, device=x.device)
     plan.launcher.launch(plan.device, plan.grid, (dout, x, packed(mask), center, partial), plan.numbers)
@@ -103,11 +120,22 @@ def _merge_launcher(kernel: Any, block_p: int, block_u: int) -> Launcher:
     return Launcher(kernel, (block_p, block_u), 4)
 
 
-def _merge(kernel: Any, partial: Tensor, first: Tensor, second: Tensor) -> None:
-    _, splits, units = partial.shape
-    block_p, block_u = launch.merging(splits)
+def merge(kernel: Any, partial: Tensor, *merged: Tensor | None) -> None:
+    """One launch of a merging kernel, from all parts of each unit to what they are as one (units,)."""
+    _, splits, units, planes = partial.shape
+    block_p, block_u = launch.merging(splits * planes)
     launcher = _merge_launcher(kernel, block_p, block_u)
-    launcher.launch(partial.get_device(), (-(-units // block_u),), (partial, first, second), (splits, units))
+    launcher.launch(partial.get_device(), (-(-units // block_u),), (partial, *merged), (splits, units, planes))
+
+
+def merged_first(partial: Tensor) -> Tensor:
+    """Moments (3, splits, units, planes) in so few parts that one program can take all of them."""
+    _, splits, units, planes = partial.shape
+    if not launch.merged_first(splits, planes, units):
+        return partial
+    merged = partial.new_empty((3, 1, units, 1))
+    merge(merge_kernel, partial, *merged.unbind())
+    return merged
 
 
 def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[Count, Tensor, Tensor]:
@@ -120,7 +148,7 @@ def channels_moments(x: Tensor, mask: Tensor | None, per_sample: bool) -> tuple[
         return count, zeros, torch.zeros_like(zeros)
     mean = torch.empty(size, dtype=torch.float64, device=x.device)
     m2 = torch.empty_like(mean)
-    _merge(merge_kernel, partial_moments(*in_lines(x), mask, per_sample), mean, m2)
+    merge(merge_kernel, partial_moments(*in_lines(x), mask, per_sample), None, mean, m2)
     return count, mean, m2
 
 
@@ -154,15 +182,16 @@ def _affine_plan(
     channels_last: bool,
     vector_stride: int,
     backward: bool,
+    masked: bool,
     device: int,
 ) -> _Plan:
-    lines = geometry(shape, of_strides, channels_last, vector_stride == 0)
-    tile = launch.affine(lines.channels, lines.space, channels_last, dtype.itemsize)
+    lines = _lines(shape, of_strides, dtype, channels_last, vector_stride == 0, masked)
+    tile = launch.affine(lines.channels, lines.space, lines.channels_last, dtype.itemsize)
     taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))
     blocks = -(-lines.channels // tile.block_c) * -(-lines.space // tile.block_s)
-    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, vector_stride)
-    constants = (backward, channels_last, triton_dtype(dtype), *taken.sizes, tile.block_c, tile.block_s)
-    return _Plan(Launcher(affine_kernel, constants, tile.warps), device, (lines.batch * blocks,), numbers, (0, 0, 0))
+    numbers = (lines.batch, lines.channels, taken.space, *taken.steps, vector_stride, lines.planes)
+    constants = (backward, lines.channels_last, triton_dtype(dtype), *taken.sizes, tile.block_c, tile.block_s)
+    return _Plan(Launcher(affine_kernel, constants, tile.warps), device, (lines.batch * blocks,), numbers)
 
 
 def affine(
@@ -177,7 +206,8 @@ def affine(
 ) -> None:
     """One launch of the affine kernel; x and x2 lie as `channels_last` says."""
     of_strides = (x.stride(), (x if x2 is None else x2).stride(), out.stride())
-    plan = _affine_plan(x.shape, of_strides, x.dtype, channels_last, vector_stride, backward, x.get_device())
+    of = (x.shape, of_strides, x.dtype, channels_last, vector_stride, backward, mask is not None, x.get_device())
+    plan = _affine_plan(*of)
     plan.launcher.launch(plan.device, plan.grid, (x, x2, packed(mask), *vectors, out), plan.numbers)
 
 
@@ -193,7 +223,7 @@ def channels_backward_moments(
     if x.numel() > 0:
         center = center.to(ACCUMULATION[x.dtype]).contiguous()
         partial = partial_sums(in_layout(dout, channels_last), x, center, channels_last, mask, per_sample)
-        _merge(sums_kernel, partial, sum_d, sum_d_deviation)
+        merge(sums_kernel, partial, sum_d, sum_d_deviation)
     return sum_d, sum_d_deviation
 
 

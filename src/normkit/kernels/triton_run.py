@@ -84,9 +84,11 @@ class Launcher:
     integers on 1, multiples of 16 and 64 bits.
     """
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...], num_warps: int, num_stages: int = 1) -> None:
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], num_warps: int, registers: int | None = None) -> None:
         self.kernel, self.constants = kernel, constants
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.options = {"num_warps": num_warps, "num_stages": 1}
+        if registers is not None:  # of a thread, at most
+            self.options["maxnreg"] = registers
         self._compiled: dict[Any, Any] = {}
         self._kinds: dict[tuple[Any, ...], tuple[int, ...]] = {}
 

@@ -37,6 +37,7 @@ import torch
 from gpu_cells import Cell
 
 import normkit
+from normkit.kernels import launch
 
 ROUNDS, CALLS = 20, 2  # medians of 40 calls
 SLEEP_CYCLES = 2_000_000  # 1.1 ms at 1.8 GHz: the host has queued the calls before the device begins
@@ -155,7 +156,8 @@ def measure(
     record = {**cell.record(), "absent": absent, "wrong": {}, "error": {}, "first_call_s": first_s}
     if cell.compiles() and not compiled:
         absent["compile"] = f"{COMPILE_S:.0f} s of compiling were over"
-    if cell.kind != "large" and "normkit" in calls:
+    handed_over = cell.norm == "batch_norm" and cell.x_bytes <= launch.TORCH_BATCH_NORM_BYTES
+    if (cell.kind != "large" or handed_over) and "normkit" in calls:
         calls["triton"] = forced(calls["normkit"])
     if cell.kind == "ladder":
         calls.pop("normkit", None)

@@ -171,6 +171,7 @@ def goal_lines(result: Record) -> list[str]:
 
 
 def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
+    others = ("triton", *PEERS) if norms == ("batch_norm",) else PEERS
     columns = (
         "norm",
         "shape",
@@ -179,7 +180,7 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         "floor us",
         "normkit us",
         "of copy rate",
-        *(f"{p} us" for p in PEERS),
+        *(f"{name} us" for name in others),
         "peer / ours",
         "goal",
         "first call s",
@@ -194,7 +195,7 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         shape = "x".join(map(str, cell.shape)) + (" channels-last" if cell.layout == "channels-last" else "")
         floor = None if of_copy is None or ours is None else of_copy * ours
         shown = [
-            "wrong" if name in record["wrong"] else _microseconds(time_us(record, name)) for name in ("normkit", *PEERS)
+            "wrong" if name in record["wrong"] else _microseconds(time_us(record, name)) for name in ("normkit", *others)
         ]
         rows.append(
             [

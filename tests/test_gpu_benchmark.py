@@ -326,18 +326,25 @@ def test_the_committed_table_is_what_the_committed_record_says(table: ModuleType
 
 
 @pytest.fixture
-def tiles(cells: ModuleType) -> ModuleType:
+def rows(cells: ModuleType) -> ModuleType:
     pytest.importorskip("triton")
     import gpu_tiles
 
     return gpu_tiles
 
 
-def test_what_launch_chooses_is_compared_with_others(tiles: ModuleType) -> None:
+@pytest.fixture
+def tiles(rows: ModuleType) -> ModuleType:
+    import tiles
+
+    return tiles
+
+
+def test_what_launch_chooses_is_compared_with_others(rows: ModuleType) -> None:
     from normkit.kernels import launch
 
-    for case in tiles.cases(tiles.SIZES):
-        found = tiles.choices(case, 132)
+    for case in rows.cases():
+        found = case.choices(132)
         itemsize = getattr(torch, case.dtype).itemsize
         choose = launch.rows_forward if case.task == "forward" else launch.rows_backward
         assert found[0].tile == choose(case.size, itemsize, case.centered), case.label
@@ -348,8 +355,32 @@ def test_what_launch_chooses_is_compared_with_others(tiles: ModuleType) -> None:
             assert (choice.columns is not None) == by_columns, case.label
 
 
+def test_reductions_are_compared_with_others_and_by_channels_where_they_go_by_planes(
+    rows: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_channel_tiles
+
+    from normkit.kernels import triton_channels
+    from normkit.kernels.triton_run import Launcher
+
+    launched: list[Launcher] = []
+    monkeypatch.setattr(Launcher, "launch", lambda launcher, *_: launched.append(launcher))
+    for case in gpu_channel_tiles.cases():
+        found = case.choices(132)
+        assert len({choice.label for choice in found}) == len(found), case.label
+        small = case.space == 49 and not case.channels_last
+        assert {choice.planes for choice in found} == ({True, False} if small else {False}), case.label
+        x = case.laid(torch.empty(case.shape(1 << 24), device="meta", dtype=getattr(torch, case.dtype)))
+        triton_channels.forget_plans()
+        case.call(x, x)
+        planned = launched[-2]
+        with found[0].chosen():
+            case.call(x, x)
+        assert (launched[-2].constants, launched[-2].options) == (planned.constants, planned.options), case.label
+
+
 def test_choices_are_timed_in_turn_and_those_that_fail_are_told(
-    tiles: ModuleType, monkeypatch: pytest.MonkeyPatch
+    rows: ModuleType, tiles: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from normkit.kernels.triton_run import Launcher
 
@@ -363,27 +394,28 @@ def test_choices_are_timed_in_turn_and_those_that_fail_are_told(
 
     monkeypatch.setattr(Launcher, "launch", launched)
     monkeypatch.setattr("normkit.kernels.triton_rows.shared_bytes", lambda _: 227 * 1024)
-    case = tiles.Case(32768, "float32", False, "forward")
-    records = tiles.measured(case, 4, 132, device="cpu", clock=clock)
+    case = rows.Case("float32", 32768, False, "forward")
+    records = tiles.measured(case, 4 * 32768, 132, device="cpu", clock=clock)
     times = [record["us"] for record in records if "us" in record]
     assert times == sorted(times)
     assert times[0] == 1.0  # one stage
     failed = [record for record in records if "us" not in record]
     assert failed
     assert all(record["stages"] == 6 and "out of resource" in record["failed"] for record in failed)
-    assert "of the copy's rate" in tiles.line(records[0])
-    assert "out of resource" in tiles.line(failed[0])
+    said = capsys.readouterr().out
+    assert "of the copy's rate" in said
+    assert "out of resource" in said
 
 
 def test_rows_of_other_cases_stay_in_the_file(tiles: ModuleType) -> None:
     keys = {"size": 32768, "dtype": "float32", "centered": True, "task": "forward"}
     old = {"what": "kept", "rows": [{**keys, "us": 1.0}, {**keys, "size": 256, "us": 2.0}]}
-    new = tiles.replaced(old, [{**keys, "us": 3.0}])
+    new = tiles.replaced(old, "rows", [{**keys, "us": 3.0}], list(keys))
     assert new["what"] == "kept"
     assert sorted(row["us"] for row in new["rows"]) == [2.0, 3.0]
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "gpu_tiles.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_tiles.py", "gpu_channel_tiles.py"])
 def test_without_a_gpu_it_ends_with_a_sentence(script: str) -> None:
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / script)],

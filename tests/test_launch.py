@@ -90,7 +90,9 @@ def test_parts_that_one_program_would_read_too_long_are_merged_first() -> None:
     assert launch.merged_first(1, 49, 512)
 
 
-@pytest.mark.parametrize(("grid", "blocks", "programs"), [(1, 1, 528), (16, 1024, 528), (64, 448, 528), (1000, 7, 528), (3, 100, 12)])
+@pytest.mark.parametrize(
+    ("grid", "blocks", "programs"), [(1, 1, 528), (16, 1024, 528), (64, 448, 528), (1000, 7, 528), (3, 100, 12)]
+)
 def test_splits_share_blocks_that_exist(grid: int, blocks: int, programs: int) -> None:
     splits = launch.splits(grid, blocks, programs)
     assert 1 <= splits <= blocks

@@ -267,14 +267,11 @@ def planes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The interpreter goes through small tensors by planes too."""
     from normkit.kernels import triton_channels
 
-    plans = (triton_channels._reduction_plan, triton_channels._affine_plan)
-    for plan in plans:
-        plan.cache_clear()
+    triton_channels.forget_plans()
     if INTERPRETED:
         monkeypatch.setattr(launch, "planes", lambda batch, channels, space, itemsize: space > 1)
     yield
-    for plan in plans:
-        plan.cache_clear()
+    triton_channels.forget_plans()
 
 
 def by_sample_only(values: torch.Tensor) -> torch.Tensor:

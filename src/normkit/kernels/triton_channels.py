@@ -42,6 +42,12 @@ class _Plan(NamedTuple):
     partial: tuple[int, ...] = ()  # the shape of what reductions write: values, splits, units, planes
 
 
+def forget_plans() -> None:
+    """Calls plan their launches anew: for who tries other tiles than `launch` chooses."""
+    for plan in (_reduction_plan, _affine_plan):
+        plan.cache_clear()
+
+
 def packed(mask: Tensor | None) -> Tensor | None:
     """A mask's bytes."""
     if mask is None:
@@ -60,7 +66,8 @@ def _lines(
     shape: Shape, of_strides: tuple[Strides, ...], dtype: torch.dtype, channels_last: bool, shared: bool, masked: bool
 ) -> Lines:
     """How tensors are gone through; what is known of a channel is `shared` by all samples or not."""
-    planes = shared and not masked and not channels_last and launch.planes(*shape, dtype.itemsize)
+    batch, channels, space = shape
+    planes = shared and not masked and not channels_last and launch.planes(batch, channels, space, dtype.itemsize)
     return geometry(shape, of_strides, channels_last, shared, planes)
 
 
@@ -95,7 +102,7 @@ def _reduction_plan(
 
 
 def partial_moments(x: Tensor, channels_last: bool, mask: Tensor | None, per_sample: bool) -> Tensor:
-    """count, mean and m2 (3, splits, units, planes) of each program's share of x, which lies as `channels_last` says."""
+    """count, mean and m2 (3, splits, units, planes) of each program's share of x, as `channels_last` says it lies."""
     of = (x.shape, (x.stride(),), x.dtype, channels_last, per_sample, mask is not None, x.get_device())
     plan = _reduction_plan(moments_kernel, *of)
     partial = torch.empty(plan.partial, dtype=torch.float64, device=x.device)

@@ -195,7 +195,8 @@ def large_lines(result: Record, norms: tuple[str, ...]) -> list[str]:
         shape = "x".join(map(str, cell.shape)) + (" channels-last" if cell.layout == "channels-last" else "")
         floor = None if of_copy is None or ours is None else of_copy * ours
         shown = [
-            "wrong" if name in record["wrong"] else _microseconds(time_us(record, name)) for name in ("normkit", *others)
+            "wrong" if name in record["wrong"] else _microseconds(time_us(record, name))
+            for name in ("normkit", *others)
         ]
         rows.append(
             [

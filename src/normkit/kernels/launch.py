@@ -156,9 +156,9 @@ class ChannelTile:
     def registers(self) -> int:
         """Of a thread, as many as let all programs of a reduction be on their multiprocessor at once.
 
-        The compiler took 140 for moments of float32 (256, 64, 56, 56): 3 of 4 programs were there, the fourth waited,
-        and memory gave 3.3 TB/s where channels-last, with 128, had 3.9 (gpu_tiles.json). With 128 no tile of values
-        spills (test_triton_offline.py).
+        Moments of float32 (256, 64, 56, 56) would take 140 (triton 3.7): of 4 programs one would wait. They took 62 us
+        where channels-last, with 128 registers, took 53 (gpu_tiles.json). With 128 no tile of values spills
+        (test_triton_offline.py).
         """
         return min(255, 65536 // (self.programs * self.warps * 32))
 
@@ -177,9 +177,10 @@ def reduction(channels: int, space: int, channels_last: bool, itemsize: int) -> 
 
     Of eight tiles tried on an H200 (benchmarks/results/gpu_tiles.json), at three shapes in two dtypes and both formats,
     within 5 % of the fastest in 10 of 12 cells for moments and in 10 of 12 for backward's sums. Lines that do not
-    begin at 16 bytes are read element by element, each with an address of its own: 16 of them took 224 registers, so
-    two programs of 8 were there at once, and moments of (256, 512, 7, 7) took 40 us. So they have 8 a thread, which is
-    not measured; and in whole dtypes none on their way, which would be copied 4 bytes at a time (120 us).
+    begin at 16 bytes are read element by element, each with an address of its own: 16 of them take 221 registers
+    (triton 3.7), so two programs of 8 are there at once, and moments of float32 (256, 512, 7, 7) took 40 us. So they
+    have 8 a thread, which is not measured; and in whole dtypes none on their way, which would be copied 4 bytes at a
+    time (120 us).
     """
     aligned = channels_last or space * itemsize % 16 == 0
     block_c, block_s = _blocks(2048 if aligned else 1024, channels, space, channels_last, itemsize)

@@ -157,6 +157,7 @@ def measure(
     if cell.compiles() and not compiled:
         absent["compile"] = f"{COMPILE_S:.0f} s of compiling were over"
     handed_over = cell.norm == "batch_norm" and cell.x_bytes <= launch.TORCH_BATCH_NORM_BYTES
+    handed_over = handed_over and cell.task != "backward"  # whose forward went before any forcing
     if (cell.kind != "large" or handed_over) and "normkit" in calls:
         calls["triton"] = forced(calls["normkit"])
     if cell.kind == "ladder":

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_channel_tiles.py                    # minutes; results/gpu_tiles.json and a table
     python benchmarks/gpu_channel_tiles.py --only 512x49      # some cases; the others stay in the file
+    python benchmarks/gpu_channel_tiles.py --out FILE         # elsewhere
 
 Moments and backward's sums with what merges their parts: tiles, programs, registers, and whether small maps go by
 planes. tiles.py says how.
@@ -22,8 +23,7 @@ from torch import Tensor
 from normkit.kernels import launch
 from normkit.kernels.launch import ChannelTile
 
-SHAPES = ((64, 3136), (256, 3136), (512, 49))  # channels and positions
-ELEMENTS = 1 << 24  # of x: by inputs in turn past the cache, and of (512, 49) no more than a network has
+SHAPES = ((256, 64, 3136), (64, 256, 3136), (256, 512, 49))
 TASKS = ("moments", "sums")
 
 
@@ -58,6 +58,7 @@ class Choice(tiles.Choice):
 
 @dataclass(frozen=True)
 class Case(tiles.Case):
+    batch: int
     channels: int
     space: int
     channels_last: bool
@@ -66,32 +67,32 @@ class Case(tiles.Case):
     @property
     def label(self) -> str:
         layout = "channels-last" if self.channels_last else "contiguous"
-        return f"{self.channels}x{self.space} {self.dtype} {layout} {self.task}"
+        return f"{self.batch}x{self.channels}x{self.space} {self.dtype} {layout} {self.task}"
 
     @property
     def passes(self) -> int:
         return 1 if self.task == "moments" else 2
 
-    def shape(self, elements: int) -> tuple[int, ...]:
-        return (elements // (self.channels * self.space), self.channels, self.space)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, self.channels, self.space)
 
     def laid(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2) if self.channels_last else x
 
-    def _tile(self, batch: int, planes: bool) -> ChannelTile:
+    def _tile(self, planes: bool) -> ChannelTile:
         itemsize = getattr(torch, self.dtype).itemsize
         if planes:
-            return launch.reduction(self.channels * self.space, batch, True, itemsize)
-        space = self.space * batch if self.channels_last else self.space
+            return launch.reduction(self.channels * self.space, self.batch, True, itemsize)
+        space = self.space * self.batch if self.channels_last else self.space
         return launch.reduction(self.channels, space, self.channels_last, itemsize)
 
     def choices(self, multiprocessors: int) -> Sequence[Choice]:
-        batch = self.shape(ELEMENTS)[0]
         itemsize = getattr(torch, self.dtype).itemsize
-        planes = not self.channels_last and launch.planes(batch, self.channels, self.space, itemsize)
+        planes = not self.channels_last and launch.planes(self.batch, self.channels, self.space, itemsize)
         found = []
         for by_planes in dict.fromkeys((planes, False)):
-            tile = self._tile(batch, by_planes)
+            tile = self._tile(by_planes)
             larger = replace(tile, block_s=2 * tile.block_s, warps=8, stages=3, programs=2)
             others = (replace(tile, programs=3), replace(tile, programs=8), replace(tile, stages=1), larger)
             found += [Choice(tile, by_planes), Choice(tile, by_planes, capped=False)]
@@ -114,4 +115,4 @@ def cases() -> list[Case]:
 
 if __name__ == "__main__":
     assert __doc__
-    tiles.main("gpu_channel_tiles.py", __doc__, "reductions", cases(), ELEMENTS)
+    tiles.main("gpu_channel_tiles.py", __doc__, "reductions", cases())

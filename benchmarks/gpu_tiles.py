@@ -72,8 +72,9 @@ class Case(tiles.Case):
     def passes(self) -> int:
         return 2 if self.task == "forward" else 3
 
-    def shape(self, elements: int) -> tuple[int, ...]:
-        return (elements // self.size, self.size)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (ELEMENTS // self.size, self.size)
 
     def choices(self, multiprocessors: int) -> Sequence[Choice]:
         itemsize = getattr(torch, self.dtype).itemsize
@@ -111,4 +112,4 @@ def cases() -> list[Case]:
 
 if __name__ == "__main__":
     assert __doc__
-    tiles.main("gpu_tiles.py", __doc__, "rows", cases(), ELEMENTS)
+    tiles.main("gpu_tiles.py", __doc__, "rows", cases())

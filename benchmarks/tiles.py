@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,6 @@ import results
 import torch
 from gpu_variants import reason
 from torch import Tensor
-
-INPUTS = 2  # taken in turn: of 2^26 elements each, more than the cache holds
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,9 @@ class Case:
         """How many times the least that a call does goes through memory of x's size; the copy makes two."""
         raise NotImplementedError
 
-    def shape(self, elements: int) -> tuple[int, ...]:
-        """Of x with about so many elements."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
         raise NotImplementedError
 
     def laid(self, x: Tensor) -> Tensor:
@@ -98,11 +98,12 @@ def launches(case: Case, choice: Choice, x: Tensor, dout: Tensor) -> Callable[[]
 
 
 def measured(
-    case: Case, elements: int, multiprocessors: int, device: str = "cuda", clock: Any = torch.cuda
+    case: Case, multiprocessors: int, cache_bytes: int, device: str = "cuda", clock: Any = torch.cuda
 ) -> list[dict[str, Any]]:
     """Records of all choices of a case, fastest first; `us` is missing where a choice fails, and `failed` says why."""
-    dtype, shape = getattr(torch, case.dtype), case.shape(elements)
-    inputs = [[case.laid(torch.randn(shape, device=device).to(dtype)) for _ in range(2)] for _ in range(INPUTS)]
+    dtype = getattr(torch, case.dtype)
+    times = max(2, 1 + -(-2 * cache_bytes // (prod(case.shape) * dtype.itemsize)))  # in turn, past the cache
+    inputs = [[case.laid(torch.randn(case.shape, device=device).to(dtype)) for _ in range(2)] for _ in range(times)]
     calls: dict[str, Callable[[int], Any]] = {}
     records: dict[str, dict[str, Any]] = {}
     for choice in case.choices(multiprocessors):
@@ -143,7 +144,7 @@ def replaced(result: dict[str, Any], under: str, records: list[dict[str, Any]], 
     return {**result, under: old + records}
 
 
-def main(script: str, said: str, under: str, cases: Sequence[Case], elements: int) -> None:
+def main(script: str, said: str, under: str, cases: Sequence[Case]) -> None:
     """The command line of a script: its cases into the list `under` that name in the result file."""
     parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose names have this in them")
@@ -153,21 +154,22 @@ def main(script: str, said: str, under: str, cases: Sequence[Case], elements: in
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(f"benchmarks/{script}: needs a CUDA device, torch finds none; run it on a machine with a GPU")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    device = torch.cuda.get_device_properties(0)
     cases = [case for case in cases if arguments.only in case.label]
     if arguments.part:
-        compile_part(cases, arguments.part, elements, multiprocessors)
+        compile_part(cases, arguments.part, device.multi_processor_count)
         return
     command = [sys.executable, str(Path(__file__).with_name(script)), "--only", arguments.only, "--part"]
     parts = [
         subprocess.Popen([*command, f"{i}/{arguments.jobs}"], stdout=subprocess.DEVNULL) for i in range(arguments.jobs)
     ]
     for part in parts:
-        part.wait()
+        if part.wait():
+            print(f"a process that compiles ended with {part.returncode}; its kernels are compiled later", flush=True)
     records: list[dict[str, Any]] = []
     for case in cases:
         print(case.label)
-        records += measured(case, elements, multiprocessors)
+        records += measured(case, device.multi_processor_count, device.L2_cache_size)
         torch.cuda.empty_cache()
         result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         result = replaced(result, under, records, list(asdict(case)))
@@ -178,12 +180,12 @@ def main(script: str, said: str, under: str, cases: Sequence[Case], elements: in
         partial.replace(arguments.out)
 
 
-def compile_part(cases: Sequence[Case], part: str, elements: int, multiprocessors: int) -> None:
+def compile_part(cases: Sequence[Case], part: str, multiprocessors: int) -> None:
     """Compiles for every n-th case from the i-th on, `part` being "i/n", by one call of each choice."""
     first, step = map(int, part.split("/"))
     for case in cases[first::step]:
         dtype = getattr(torch, case.dtype)
-        x = case.laid(torch.zeros(case.shape(elements), device="cuda", dtype=dtype))
+        x = case.laid(torch.zeros(case.shape, device="cuda", dtype=dtype))
         for choice in case.choices(multiprocessors):
             try:
                 launches(case, choice, x, x)

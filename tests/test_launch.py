@@ -83,6 +83,22 @@ def test_short_lines_of_many_channels_and_samples_go_by_planes() -> None:
     assert not launch.planes(256, 8192, 1, 4)  # already are
 
 
+def test_what_is_written_of_planes_is_little_beside_them() -> None:
+    for batch, itemsize in ((64, 4), (128, 2), (256, 4), (1000, 2)):
+        assert 48 * launch.plane_blocks(batch, itemsize) <= 0.2 * batch * itemsize
+
+
+def test_all_programs_of_a_reduction_are_there_at_once() -> None:
+    for itemsize in ITEMSIZES:
+        for tile in (launch.reduction(256, 3136, False, itemsize), launch.reduction(512, 12544, True, itemsize)):
+            assert tile.registers * tile.warps * 32 * tile.programs <= 65536
+            assert tile.stages == 4
+    for itemsize in (2, 4):
+        short = launch.reduction(512, 49, False, itemsize)
+        assert short.block_c * short.block_s == 1024
+        assert short.stages == (4 if itemsize == 2 else 1)  # nothing is copied ahead 4 bytes at a time
+
+
 def test_parts_that_one_program_would_read_too_long_are_merged_first() -> None:
     assert not launch.merged_first(33, 1, 64)  # (256, 64, 56, 56) on 132 multiprocessors
     assert not launch.merged_first(9, 1, 256)

@@ -259,7 +259,7 @@ def test_masked_batch_norm_reads_no_invalid_position(layout: str, mode: str) -> 
     assert float((var.double() - ones).abs().max()) < 1e-6
 
 
-SMALL_MAPS = (70, 10, 3, 3) if INTERPRETED else (256, 512, 7, 7)  # more planes than a tile has, and samples
+SMALL_MAPS = (40, 8, 3, 3) if INTERPRETED else (256, 512, 7, 7)  # more planes than a tile has, and samples
 
 
 @pytest.fixture
@@ -270,6 +270,7 @@ def planes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     triton_channels.forget_plans()
     if INTERPRETED:
         monkeypatch.setattr(launch, "planes", lambda batch, channels, space, itemsize: space > 1)
+        monkeypatch.setattr(launch, "plane_blocks", lambda *_: 2)
     yield
     triton_channels.forget_plans()
 
@@ -291,7 +292,8 @@ def test_small_maps_by_planes_are_as_exact_as_torchs(norm: Norm, dtype: torch.dt
 def test_samples_of_small_maps_may_lie_apart_and_move_running_statistics(planes: None) -> None:
     from normkit.kernels import triton_channels
 
-    x = moved(by_sample_only(normal(SMALL_MAPS, 5) * 3 + 1).float())
+    x = by_sample_only(moved((normal(SMALL_MAPS, 5) * 3 + 1).float()))
+    assert not x.is_contiguous()
     channels, space = SMALL_MAPS[1], SMALL_MAPS[2] * SMALL_MAPS[3]
     found = triton_channels.partial_moments(x.flatten(2), False, None, False)
     assert found.shape[2:] == (channels, space)
@@ -308,6 +310,15 @@ def test_samples_of_small_maps_may_lie_apart_and_move_running_statistics(planes:
     assert float((masked - exact).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("cut", [(slice(None), slice(8), slice(1, 10)), (slice(1, None, 2),)])
+def test_small_maps_cut_from_larger_ones(cut: tuple[slice, ...], planes: None) -> None:
+    x = normal((40, 16, 11), 3).float()[cut]
+    out = ours.batch_norm(moved(x), None, None, training=True)
+    assert (
+        float((out.double() - torch.nn.functional.batch_norm(x.double(), None, None, training=True)).abs().max()) < 1e-6
+    )
+
+
 @pytest.mark.parametrize("layout", ["misaligned"] if INTERPRETED else LAYOUTS)
 def test_small_maps_in_every_layout(layout: str, planes: None) -> None:
     checks.check_values(ours, CHANNELS[0], SMALL_MAPS, torch.float32, layout)
@@ -315,8 +326,18 @@ def test_small_maps_in_every_layout(layout: str, planes: None) -> None:
 
 
 def test_many_parts_are_merged_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normkit.kernels import triton_batch_norm, triton_channels
+
+    merged = []
+
+    def first(partial: torch.Tensor) -> torch.Tensor:
+        merged.append(triton_channels.merged_first(partial))
+        return merged[-1]
+
     monkeypatch.setattr(launch, "merged_first", lambda *_: True)
+    monkeypatch.setattr(triton_batch_norm, "merged_first", first)
     checks.check_values(ours, CHANNELS[0], (20, 37, 80), torch.float32)
+    assert [tuple(parts.shape) for parts in merged] == [(3, 1, 37, 1)]
 
 
 def layer(**policies: Any) -> normkit.BatchNorm1d:

@@ -92,8 +92,8 @@ def test_group_norm_in_one_call_is_the_general_way_to_rounding(
     """Sums over a group's channels are added in another order, in float64.
 
     A last bit of the mean, 50, times the sum of dout makes dweight's error: over 20 seeds up to 1572 eps of its largest
-    for one call and 3133 for the general way of (2, 4, 9000) in float64 (torch: 32678). In float32 without AVX-512, over
-    12 seeds, the two ways differ by up to 9.7 eps, each up to 21 off (torch: 22911).
+    for one call and 3133 for the general way of (2, 4, 9000) in float64 (torch: 32678). In float32 without AVX-512 the
+    two ways differ by up to 9.7 eps over 12 seeds, each up to 21 off (torch: 22911).
     """
     slack = {torch.float64: 4096, torch.float32: 8}.get(dtype, 1)
     taken = []

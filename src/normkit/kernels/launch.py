@@ -157,8 +157,8 @@ class ChannelTile:
         """Of a thread, as many as let all programs of a reduction be on their multiprocessor at once.
 
         Moments of float32 (256, 64, 56, 56) would take 140 (triton 3.7): of 4 programs one would wait. They took 62 us
-        where channels-last, with 128 registers, took 53 (gpu_tiles.json). With 128 no tile of values spills
-        (test_triton_offline.py).
+        where channels-last, with 128 registers, took 53 (gpu_tiles.json): a guess at why. With 128 no tile of values
+        spills (test_triton_offline.py).
         """
         return min(255, 65536 // (self.programs * self.warps * 32))
 
@@ -173,17 +173,19 @@ def affine(channels: int, space: int, channels_last: bool, itemsize: int) -> Cha
 
 
 def reduction(channels: int, space: int, channels_last: bool, itemsize: int) -> ChannelTile:
-    """For sums over (B, C, S): 16 elements a thread and three tiles on their way; all of 4 programs at once.
+    """For sums over (B, C, S): 16 elements a thread and three tiles on their way, by 4 programs that are there at once.
+
+    They are on an H100 and H200; where a multiprocessor has less shared memory, 3 of them in float32.
 
     Of eight tiles tried on an H200 (benchmarks/results/gpu_tiles.json), at three shapes in two dtypes and both formats,
     within 5 % of the fastest in 10 of 12 cells for moments and in 10 of 12 for backward's sums. Lines that do not
     begin at 16 bytes are read element by element, each with an address of its own: 16 of them take 221 registers
-    (triton 3.7), so two programs of 8 are there at once, and moments of float32 (256, 512, 7, 7) took 40 us. So they
+    (triton 3.7), so 2 of 8 programs were there at once, and moments of float32 (256, 512, 7, 7) took 40 us. So they
     have 8 a thread, which is not measured; and in whole dtypes none on their way, which would be copied 4 bytes at a
-    time (120 us).
+    time (120 us). float64 has 8 a thread too, or its sums would spill.
     """
     aligned = channels_last or space * itemsize % 16 == 0
-    block_c, block_s = _blocks(2048 if aligned else 1024, channels, space, channels_last, itemsize)
+    block_c, block_s = _blocks(2048 if aligned and itemsize <= 4 else 1024, channels, space, channels_last, itemsize)
     warps = max(1, min(4, block_c * block_s // 256))
     return ChannelTile(block_c, block_s, warps, stages=4 if aligned or itemsize < 4 else 1, programs=4)
 
@@ -211,12 +213,18 @@ def planes(batch: int, channels: int, space: int, itemsize: int) -> bool:
     Their sums, one for each plane and then over a channel's, read whole rows where a channel's line is short and begins
     at no multiple of 16 bytes. For (256, 512, 7, 7) that is what channels-last memory does, whose moments took 13 us in
     float32 and 20 in bfloat16, backward's sums 16 and 11, beside 40, 24, 20 and 15 by channels (gpu_tiles.json). The
-    limits are not measured: 48 bytes for each plane, written and read, are under a fifth of what its values have, and
-    the parts that one program merges are few.
+    limits are not measured: so many samples that what is written of a plane is little beside its values (see
+    `plane_blocks`), so many planes that programs need not share them, so few positions that a program merges a
+    channel's in some steps.
     """
     if not 1 < space <= 256 or channels * space < 8192 or batch * itemsize < 256:
         return False
     return space * itemsize % 16 != 0 and channels * space * itemsize % 16 == 0
+
+
+def plane_blocks(batch: int, itemsize: int) -> int:
+    """How many programs may share a plane: the 48 bytes that each writes and a merge reads stay under a fifth of x."""
+    return max(1, batch * itemsize // 256)
 
 
 def merged_first(splits: int, planes: int, channels: int) -> bool:
@@ -230,8 +238,9 @@ def merged_first(splits: int, planes: int, channels: int) -> bool:
 def splits(grid: int, blocks: int, programs: int) -> int:
     """How many of the device's `programs` share a channel's `blocks`; `grid` of them do all channels once.
 
-    None waits for another to end: moments of bfloat16 (64, 256, 56, 56) by 576 programs, where 528 are there at once,
-    took 42 us, and of (256, 64, 56, 56), as many bytes by 528, 31 (gpu_tiles.json).
+    Where they are shared, none waits for another to end: moments of bfloat16 (64, 256, 56, 56) by 576 programs, where
+    528 are there at once, took 42 us, and of (256, 64, 56, 56), as many bytes by 528, 31; in float32, where 396 were
+    there, both took 62 (gpu_tiles.json).
     """
     return max(1, min(blocks, programs // grid))
 

@@ -1,4 +1,4 @@
-"""A whole BatchNorm in Triton: three launches forward, four where many parts are merged, and three backward.
+"""A whole BatchNorm in Triton: three launches forward, four where parts are many or of planes, and three backward.
 
 Here: `batch_norm_forward`, `batch_norm_with_running`, `batch_norm_backward`; `commit_running`, for a batch that torch
 normalized. By the primitives alone a dozen operations

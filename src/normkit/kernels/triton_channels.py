@@ -3,7 +3,7 @@
 Here: from tensors to the kernels' arguments. Moments are taken by several programs for each channel and merged by
 Chan's formula in a fixed order, in float64: no atomics, the same bits in every run.
 May import: torch, reference (for the name of a count), launch, channel_lines, the kernels, triton_run.
-Read next: triton_batch_norm.py, a whole BatchNorm in three launches; channel_kernels.py, the arithmetic.
+Read next: triton_batch_norm.py, a whole BatchNorm in a few launches; channel_kernels.py, the arithmetic.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def _lines(
     """How tensors are gone through; what is known of a channel is `shared` by all samples or not."""
     batch, channels, space = shape
     planes = shared and not masked and not channels_last and launch.planes(batch, channels, space, dtype.itemsize)
+    if planes:  # every sample begins at 16 bytes
+        planes = all(by_sample * dtype.itemsize % 16 == 0 for by_sample, _, _ in of_strides)
     return geometry(shape, of_strides, channels_last, shared, planes)
 
 
@@ -88,6 +90,8 @@ def _reduction_plan(
     samples = lines.batch if per_sample else 1
     blocks_c = -(-lines.channels // tile.block_c)
     blocks = -(-lines.space // tile.block_s) * (1 if per_sample else lines.batch)
+    if lines.planes > 1:
+        blocks = min(blocks, launch.plane_blocks(lines.space, dtype.itemsize))
     splits = launch.splits(blocks_c * samples, blocks, tile.programs * multiprocessors(device))
     units = lines.channels * samples
     taken = in_units(lines, *(strides(each, shape, lines) for each in of_strides))

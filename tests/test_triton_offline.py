@@ -109,12 +109,15 @@ LONG_ROWS = {
 }
 BATCH_NORMS = {
     f"{shape} {str(dtype)[6:]}{' channels-last' * last}{' masked' * masked}": batch_norm(shape, dtype, last, masked)
-    for shape, dtypes in (((8, 64, 3136), (BF16, F32)), ((8, 512, 64), (BF16,)), ((256, 512, 49), (BF16, F32)))
+    for shape, dtypes in (((8, 64, 3136), (BF16, F32)), ((8, 512, 64), (BF16,)))
     for dtype in dtypes
     for last in (False, True)
     for masked in (False, True)
 }
 BATCH_NORMS["small maps in samples apart"] = batch_norm((256, 512, 49), F32, False, False, apart=1)
+BATCH_NORMS["small maps masked"] = batch_norm((256, 512, 49), F32, False, True)
+for dtype in (BF16, F32):
+    BATCH_NORMS[f"small maps by planes {str(dtype)[6:]}"] = batch_norm((256, 512, 49), dtype, False, False)
 for last in (False, True):
     BATCH_NORMS[f"float64{' channels-last' * last}"] = batch_norm((8, 64, 3136), F64, last, False)
 SCALARS = {"moments_kernel": 20}  # bytes: what its outer loop keeps while a pass runs, nothing of a tile

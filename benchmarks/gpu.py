@@ -156,8 +156,9 @@ def measure(
     record = {**cell.record(), "absent": absent, "wrong": {}, "error": {}, "first_call_s": first_s}
     if cell.compiles() and not compiled:
         absent["compile"] = f"{COMPILE_S:.0f} s of compiling were over"
-    handed_over = cell.norm == "batch_norm" and cell.x_bytes <= launch.TORCH_BATCH_NORM_BYTES
-    handed_over = handed_over and cell.task != "backward"  # whose forward went before any forcing
+    # a backward alone cannot be forced: its forward went before
+    forward = cell.norm == "batch_norm" and cell.task != "backward"
+    handed_over = forward and cell.x_bytes <= launch.TORCH_BATCH_NORM_BYTES
     if (cell.kind != "large" or handed_over) and "normkit" in calls:
         calls["triton"] = forced(calls["normkit"])
     if cell.kind == "ladder":

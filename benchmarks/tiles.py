@@ -37,7 +37,8 @@ class Choice:
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is kept of it, beside what is kept of the case."""
+        raise NotImplementedError
 
     def chosen(self) -> AbstractContextManager[None]:
         """Launches are planned with the choice, whatever their size."""

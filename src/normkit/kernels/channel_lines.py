@@ -64,10 +64,10 @@ def geometry(
 ) -> Lines:
     """Of tensors of one shape and format; samples are folded into space where all of them allow it.
 
-    With `planes`, and where it can be, every position of a sample is a channel of its own, and samples are positions.
+    With `planes`, for tensors dense within a sample, every position is a channel of its own and samples are positions.
     """
     batch, channels, space = shape
-    if planes and all((by_channel, by_position) == (space, 1) for _, by_channel, by_position in of_strides):
+    if planes:
         return Lines(1, channels * space, batch, True, True, space)
     if foldable and channels_last:
         if space == 1:

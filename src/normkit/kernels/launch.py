@@ -182,7 +182,7 @@ def reduction(channels: int, space: int, channels_last: bool, itemsize: int) -> 
     begin at 16 bytes are read element by element, each with an address of its own: 16 of them take 221 registers
     (triton 3.7), so 2 of 8 programs were there at once, and moments of float32 (256, 512, 7, 7) took 40 us. So they
     have 8 a thread, which is not measured; and in whole dtypes none on their way, which would be copied 4 bytes at a
-    time (120 us). float64 has 8 a thread too, or its sums would spill.
+    time (120 us). float64 has 8 a thread too, or its moments would spill.
     """
     aligned = channels_last or space * itemsize % 16 == 0
     block_c, block_s = _blocks(2048 if aligned and itemsize <= 4 else 1024, channels, space, channels_last, itemsize)

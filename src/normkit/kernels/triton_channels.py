@@ -68,8 +68,10 @@ def _lines(
     """How tensors are gone through; what is known of a channel is `shared` by all samples or not."""
     batch, channels, space = shape
     planes = shared and not masked and not channels_last and launch.planes(batch, channels, space, dtype.itemsize)
-    if planes:  # every sample begins at 16 bytes
-        planes = all(by_sample * dtype.itemsize % 16 == 0 for by_sample, _, _ in of_strides)
+    planes = planes and all(  # dense within a sample, which begins at 16 bytes
+        by_channel == space and by_position == 1 and by_sample * dtype.itemsize % 16 == 0
+        for by_sample, by_channel, by_position in of_strides
+    )
     return geometry(shape, of_strides, channels_last, shared, planes)
 
 
